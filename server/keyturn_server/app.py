@@ -1,0 +1,316 @@
+"""The composition root: settings in, a running sidecar out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from keyturn_server.configuration import Configuration
+from keyturn_server.decide import Decider
+from keyturn_server.errors import KeyturnFault, StoreUnavailable
+from keyturn_server.freshness import PushedCache
+from keyturn_server.keys.envelope import Unreadable
+from keyturn_server.keys.keyring import Keyring
+from keyturn_server.keys.tokens import TokenSealer
+from keyturn_server.metrics import Metrics
+from keyturn_server.prices import PriceBook
+from keyturn_server.profiles import Profile, StoredKey
+from keyturn_server.rate_limits import RateLimits, WindowStorage
+from keyturn_server.record import Recorder
+from keyturn_server.redeem import Redeemer
+from keyturn_server.rpc.guard import Guard
+from keyturn_server.rpc.routing_service import NAME as ROUTING_SERVICE
+from keyturn_server.rpc.routing_service import RoutingService
+from keyturn_server.serving import Health, Services, claimed, serving
+from keyturn_server.settings import Settings, default_socket
+from keyturn_server.store.database import Database, open_database
+from keyturn_server.store.ledger import Ledger, open_ledger
+from keyturn_server.store.migrate import migrate
+from keyturn_server.store.people import load_profile
+from keyturn_server.store.push import Push
+from keyturn_server.store.redemptions import Redemptions
+from keyturn_server.store.settings import load_configuration, load_token_roots
+
+PUSH_SERVICE = "keyturn.push"
+"""The name under which health tells whether changes in the database are announced."""
+
+_EVERYTHING = "all"
+_MAX_WINDOWS = 1_000_000
+
+
+class NoDatabase(KeyturnFault):
+    """Neither a database URL nor a directory for an embedded one is set, or both are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Configurations:
+    cache: PushedCache[Configuration]
+
+    async def get(self) -> Configuration:
+        return await self.cache.get(_EVERYTHING)
+
+
+@asynccontextmanager
+async def sidecar(settings: Settings, *, log: Any) -> AsyncIterator[tuple[str, ...]]:
+    """A whole sidecar: connected, migrated, listening for changes, and serving on its addresses.
+
+    The addresses come back as they are listened on. At the end of the block it drains: calls in
+    flight are finished, what the ledger has queued is carried out, everything is closed. Raises
+    `AddressError`, `KeyringError`, `NoDatabase`, `MigrationError`, `EmbeddedPostgresError` and
+    `StoreUnavailable`.
+    """
+    addresses = settings.listen or (default_socket(),)
+    with claimed(addresses, insecure_loopback=settings.insecure_loopback) as checked:
+        async with (
+            _services(settings, log=log) as services,
+            serving(
+                services,
+                checked,
+                with_reflection=settings.reflection,
+                metrics_address=settings.metrics,
+                drain_timeout=settings.drain_timeout,
+                log=log,
+            ) as bound,
+        ):
+            yield bound
+
+
+@asynccontextmanager
+async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
+    keyring = Keyring.from_settings(
+        settings.encryption_key.get_secret_value() if settings.encryption_key else None, settings.retired_keys
+    )
+    health = Health()
+    metrics = Metrics()
+    async with AsyncExitStack() as stack:
+        dsn = await database_url(settings, stack, log)
+        applied = await migrate(dsn)
+        if applied:
+            log.info("migrated", migrations=[f"{one.version:04d}_{one.name}" for one in applied])
+        database = await stack.enter_async_context(
+            open_database(
+                dsn,
+                connections=settings.database_connections,
+                connect_timeout=settings.connect_timeout,
+                statement_timeout=settings.statement_timeout,
+            )
+        )
+        sealer = TokenSealer(await load_token_roots(database))
+        await asyncio.to_thread(PriceBook.warm)
+        ledger = await stack.enter_async_context(open_ledger(database, on_group=metrics.grouped))
+
+        configurations = PushedCache[Configuration](
+            lambda key: load_configuration(database),
+            ttl=settings.flag_ttl,
+            unpushed_ttl=settings.unpushed_ttl,
+            max_entries=1,
+        )
+        profiles = PushedCache[Profile](
+            lambda user_id: load_profile(database, user_id),
+            ttl=settings.profile_ttl,
+            unpushed_ttl=settings.unpushed_ttl,
+            max_entries=settings.cached_profiles,
+        )
+        background = await stack.enter_async_context(_Background())
+        await _start_push(dsn, settings, configurations, profiles, metrics, health, log, background)
+        background.start(_sweep(ledger, settings.sweep_interval, metrics, log), name="sweep")
+
+        guard = Guard(log=log, on_call=metrics.called)
+        routing = _routing_service(
+            settings,
+            database,
+            ledger,
+            _Configurations(cache=configurations),
+            profiles,
+            keyring,
+            sealer,
+            guard,
+            metrics,
+            log,
+        )
+        if keyring is None:
+            log.warning("byok_off", reason="ENCRYPTION_KEY is not set: own keys cannot be opened or saved")
+        else:
+            log.info("byok_on", master_key_id=keyring.current.id)
+            if keyring.current.is_weak:
+                log.warning(
+                    "weak_master_key", reason="ENCRYPTION_KEY follows a pattern: see `keyturn keygen`"
+                )
+        yield Services(
+            names=(ROUTING_SERVICE,),
+            add_to=routing.add_to,
+            guard=guard,
+            health=health,
+            metrics=metrics,
+        )
+
+
+async def database_url(settings: Settings, stack: AsyncExitStack, log: Any) -> str:
+    if settings.database_url is not None and settings.embedded is None:
+        return settings.database_url.get_secret_value()
+    if settings.embedded is None or settings.database_url is not None:
+        raise NoDatabase(
+            "Say where the data lives, and only once: KEYTURN_DATABASE_URL for a PostgreSQL of yours, "
+            "or --embedded DIR (KEYTURN_EMBEDDED) for one that Keyturn runs itself."
+        )
+    from keyturn_server.store.embedded import EmbeddedPostgres
+
+    postgres = await stack.enter_async_context(EmbeddedPostgres(settings.embedded, log=log))
+    return postgres.dsn
+
+
+class _Background:
+    """Tasks that run until the end of the block; one that fails ends the block."""
+
+    def __init__(self) -> None:
+        self._group = asyncio.TaskGroup()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self._group.__aexit__(kind, error, trace)
+
+    def start(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
+        self._tasks.append(self._group.create_task(work, name=name))
+
+
+async def _start_push(
+    dsn: str,
+    settings: Settings,
+    configurations: PushedCache[Configuration],
+    profiles: PushedCache[Profile],
+    metrics: Metrics,
+    health: Health,
+    log: Any,
+    background: _Background,
+) -> None:
+    """Listen for changes; back when the first connection listens and everything has been read."""
+    first_up = asyncio.Event()
+
+    async def up() -> None:
+        await configurations.expire_all(pushed=True)
+        await profiles.expire_all(pushed=True)
+        await configurations.get(_EVERYTHING)
+        metrics.push_up.set(1)
+        await health.report(PUSH_SERVICE, well=True)
+        first_up.set()
+
+    async def down() -> None:
+        metrics.push_up.set(0)
+        await health.report(PUSH_SERVICE, well=False)
+        await configurations.expire_all(pushed=False)
+        await profiles.expire_all(pushed=False)
+
+    async def changed(payload: str) -> None:
+        what, _, user_id = payload.partition(" ")
+        match what:
+            case "user":
+                await profiles.expire(user_id)
+            case "users":
+                await profiles.expire_all(pushed=True)
+            case "configuration":
+                await configurations.expire(_EVERYTHING)
+            case _:
+                log.warning("push_unknown", payload=payload)
+
+    push = Push(
+        dsn,
+        beat=settings.push_beat,
+        beat_timeout=settings.push_timeout,
+        on_up=up,
+        on_down=down,
+        on_change=changed,
+        log=log,
+    )
+    background.start(push.run(), name="push")
+    try:
+        async with asyncio.timeout(settings.connect_timeout.total_seconds()):
+            await first_up.wait()
+    except TimeoutError:
+        raise StoreUnavailable from None
+
+
+async def _sweep(ledger: Ledger, interval: timedelta, metrics: Metrics, log: Any) -> None:
+    """Release expired holds and forget old rows, again and again, until cancelled."""
+    at_most = 1000
+    while True:
+        try:
+            while expired := await ledger.expire_holds(at_most=at_most):
+                metrics.expired_holds.inc(expired)
+                if expired < at_most:
+                    break
+            await ledger.forget(at_most=at_most)
+        except StoreUnavailable:
+            log.warning("sweep_postponed", reason="the database cannot be reached")
+        await asyncio.sleep(interval.total_seconds())
+
+
+def _routing_service(
+    settings: Settings,
+    database: Database,
+    ledger: Ledger,
+    configurations: _Configurations,
+    profiles: PushedCache[Profile],
+    keyring: Keyring | None,
+    sealer: TokenSealer,
+    guard: Guard,
+    metrics: Metrics,
+    log: Any,
+) -> RoutingService:
+    prices = PriceBook()
+
+    def now() -> datetime:
+        return datetime.now(UTC)
+
+    reported: set[tuple[str, str]] = set()
+
+    def unreadable(user_id: str, key: StoredKey, error: Unreadable) -> None:
+        metrics.unreadable_keys.inc()
+        # Once for each key in this process, and bounded: every request of the user comes by here.
+        if (user_id, str(key.id)) not in reported and len(reported) < 10_000:
+            reported.add((user_id, str(key.id)))
+            log.error("key_unreadable", user_id=user_id, key_id=str(key.id), cause=str(error))
+
+    return RoutingService(
+        decider=Decider(
+            configurations=configurations,
+            profiles=profiles,
+            holds=ledger,
+            limits=RateLimits(WindowStorage(max_windows=_MAX_WINDOWS)),
+            keyring=keyring,
+            sealer=sealer,
+            prices=prices,
+            default_hold_micros=settings.default_hold_micros,
+            default_ttl=settings.hold_ttl,
+            clock=now,
+            on_unreadable=unreadable,
+        ),
+        recorder=Recorder(
+            configurations=configurations,
+            books=ledger,
+            sealer=sealer,
+            prices=prices,
+            clock=now,
+            on_key_state=profiles.expire,
+        ),
+        redeemer=Redeemer(
+            profiles=profiles,
+            redemptions=Redemptions(database),
+            keyring=keyring,
+            sealer=sealer,
+            clock=now,
+        ),
+        guard=guard,
+    )

@@ -1,0 +1,48 @@
+"""What operators set for everyone: flags, tiers, providers, prices. Read whole, cached as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from keyturn_server.prices import PriceOverride
+from keyturn_server.routing.model import Flags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """A subscription tier. Limits are on the credits path; None is no limit."""
+
+    name: str
+    rank: int
+    requests_per_minute: int | None
+    requests_per_day: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    """A provider of models, and how it wants its key."""
+
+    id: str
+    is_enabled: bool
+    base_url: str
+    auth_header: str
+    auth_prefix: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """One consistent reading of everything that is set for everyone."""
+
+    flags: Flags
+    flags_missing: frozenset[str]
+    """Keys of flag rows that do not exist, so that their defaults are in force."""
+    tiers: Mapping[str, Tier]
+    tier_ranks: Mapping[str, int]
+    providers: Mapping[str, Provider]
+    prices: Mapping[tuple[str, str], PriceOverride]
+
+    def tier_of(self, name: str) -> Tier | None:
+        """The tier by that name; for an unknown name the lowest one, so that its limits apply."""
+        found = self.tiers.get(name)
+        return found if found is not None else min(self.tiers.values(), key=lambda t: t.rank, default=None)

@@ -1,0 +1,589 @@
+"""Decide: whose credential pays for this request? And Explain: why?
+
+A decision reads the cached configuration and profile, asks the pure policy for a plan, and asks the
+ledger for a hold only where credits stand first in it. The own-key path touches no database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+from uuid import UUID
+
+from keyturn.secret import Secret
+from keyturn_server.configuration import Configuration, Provider
+from keyturn_server.errors import InvalidFields, RequestIdReused
+from keyturn_server.ids import new_id
+from keyturn_server.keys.envelope import Unreadable, open_sealed
+from keyturn_server.keys.keyring import Keyring
+from keyturn_server.keys.tokens import HandleClaims, TicketClaims, TokenSealer
+from keyturn_server.ledger import Balance, HoldAnswer, HoldRequest, HoldStatus
+from keyturn_server.prices import PriceBook, Usage
+from keyturn_server.profiles import Profile, StoredKey
+from keyturn_server.rate_limits import Limited, RateLimits
+from keyturn_server.routing.model import (
+    Constraint,
+    Credits,
+    DenialReason,
+    KeyFacts,
+    Mode,
+    Path,
+    Plan,
+    Reason,
+    Verdict,
+    World,
+)
+from keyturn_server.routing.policy import choose_route, conclude, is_eligible
+from keyturn_server.routing.reasons import DENIALS, RETRYABLE, SENTENCES, SUGGESTIONS
+
+# Holds end when requests do: there is no telling when, only that it is soon.
+_IN_FLIGHT_RETRY = timedelta(seconds=1)
+
+
+class Configurations(Protocol):
+    """Where the configuration comes from."""
+
+    async def get(self) -> Configuration: ...
+
+
+class Profiles(Protocol):
+    """Where profiles come from. Raises `UserNotFound`."""
+
+    async def get(self, key: str) -> Profile: ...
+
+
+class Holds(Protocol):
+    """The part of the ledger that decisions need."""
+
+    async def place(self, request: HoldRequest) -> HoldAnswer: ...
+    async def balance(self, user_id: str) -> Balance: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One request that a gateway is about to make. Amounts in micro-USD; limits checked."""
+
+    user_id: str
+    provider: str
+    request_id: str | None = None
+    model: str = ""
+    service_type: str = ""
+    cost_micros: int | None = None
+    tokens: Usage | None = None
+    """The estimate as tokens: the limit on output tokens as `output_tokens`."""
+    constraint: Constraint = Constraint.ANY
+    failed_key_handles: Sequence[str] = ()
+    inline: bool = False
+    hold_ttl: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRoute:
+    """The user's own key pays."""
+
+    handle: str = field(repr=False)
+    key_id: UUID
+    hint: str
+    secret: Secret | None
+    """Only where the caller asked for it inline."""
+    provider: Provider
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TicketRoute:
+    """Credits pay: a hold is placed. Amounts in micro-USD."""
+
+    ticket: str = field(repr=False)
+    hold_micros: int
+    available_micros: int
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Denied:
+    """Nobody's credential may pay."""
+
+    reason: DenialReason
+    retryable: bool
+    retry_after: timedelta | None
+    suggestion: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """The answer to an `Ask`."""
+
+    id: UUID
+    mode: Mode
+    reason: Reason
+    message: str
+    replayed: bool
+    route: KeyRoute | TicketRoute | Denied
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step on the way to a decision, for people."""
+
+    check: str
+    result: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class _CreditsAnswer:
+    """What came of asking for credits: the hold, or how long to wait."""
+
+    credits: Credits
+    hold: HoldAnswer | None = None
+    retry_after: timedelta | None = None
+
+
+class Decider:
+    """Makes decisions. Safe for any number of callers at once.
+
+    `on_unreadable` hears of a stored key that does not open, once a decision.
+    """
+
+    def __init__(
+        self,
+        *,
+        configurations: Configurations,
+        profiles: Profiles,
+        holds: Holds,
+        limits: RateLimits,
+        keyring: Keyring | None,
+        sealer: TokenSealer,
+        prices: PriceBook,
+        default_hold_micros: int,
+        default_ttl: timedelta,
+        clock: Callable[[], datetime],
+        on_unreadable: Callable[[str, StoredKey, Unreadable], None],
+    ) -> None:
+        self._configurations = configurations
+        self._profiles = profiles
+        self._holds = holds
+        self._limits = limits
+        self._keyring = keyring
+        self._sealer = sealer
+        self._prices = prices
+        self._default_hold_micros = default_hold_micros
+        self._default_ttl = default_ttl
+        self._clock = clock
+        self._on_unreadable = on_unreadable
+
+    async def decide(self, ask: Ask) -> Decision:
+        """Whose credential pays, with the key or the hold to pay with; or why nobody's does.
+
+        Raises `InvalidFields` (unknown provider, a failed handle of somebody else), `InvalidToken`,
+        `UserNotFound`, `RequestIdReused` and `StoreUnavailable`.
+        """
+        configuration = await self._configurations.get()
+        provider = _provider(configuration, ask)
+        profile = await self._profiles.get(ask.user_id)
+        now = self._clock()
+        plan, key, secret = self._plan(ask, configuration, provider, profile, now)
+
+        answer = None
+        if plan.paths and plan.paths[0] is Path.CREDITS:
+            answer = await self._ask_credits(ask, configuration, profile, plan, now)
+        verdict = conclude(plan, answer.credits if answer else None)
+
+        if verdict.path is Path.OWN_KEY and key is not None:
+            return self._own_key(ask, plan, verdict, provider, key, secret, now)
+        if verdict.path is Path.CREDITS and answer is not None and answer.hold is not None:
+            return self._ticket(ask, plan, verdict, answer.hold)
+        return self._denial(plan, verdict, answer.retry_after if answer else None, now)
+
+    # -- the plan ---------------------------------------------------------------------------------
+
+    def _plan(
+        self,
+        ask: Ask,
+        configuration: Configuration,
+        provider: Provider,
+        profile: Profile,
+        now: datetime,
+    ) -> tuple[Plan, StoredKey | None, Secret | None]:
+        """The plan, and the key it stands on, opened: a key that does not open is not usable."""
+        stored = profile.keys_for(ask.provider)
+        refused = self._refused_keys(ask)
+        world = World(
+            flags=configuration.flags,
+            tier=profile.tier,
+            tier_ranks=configuration.tier_ranks,
+            keys=tuple(
+                KeyFacts(
+                    id=key.id,
+                    is_active=key.is_active,
+                    is_valid=key.is_valid,
+                    cooldown_until=key.cooldown_until,
+                    was_refused=(key.id, key.revision) in refused,
+                )
+                for key in stored
+            ),
+            constraint=ask.constraint,
+            provider_enabled=provider.is_enabled,
+            encryption_configured=self._keyring is not None,
+        )
+        while True:
+            plan = choose_route(world, now=now)
+            key = next((key for key in stored if key.id == plan.key_id), None)
+            if key is None or self._keyring is None:
+                return plan, None, None
+            try:
+                return plan, key, open_key(self._keyring, ask.user_id, key)
+            except Unreadable as error:
+                self._on_unreadable(ask.user_id, key, error)
+                world = replace(
+                    world,
+                    keys=tuple(
+                        replace(facts, is_readable=False) if facts.id == key.id else facts
+                        for facts in world.keys
+                    ),
+                )
+
+    def _refused_keys(self, ask: Ask) -> frozenset[tuple[UUID, int]]:
+        """The keys that the caller says the provider refused, with the revision it was told of."""
+        claims = [self._sealer.open_handle(handle) for handle in ask.failed_key_handles]
+        for index, claim in enumerate(claims):
+            if claim.user_id != ask.user_id:
+                raise InvalidFields((f"failed_key_handles[{index}]", "This handle is another user's."))
+        return frozenset((claim.key_id, claim.key_revision) for claim in claims)
+
+    # -- credits ----------------------------------------------------------------------------------
+
+    async def _ask_credits(
+        self, ask: Ask, configuration: Configuration, profile: Profile, plan: Plan, now: datetime
+    ) -> _CreditsAnswer:
+        amount_micros = self._hold_micros(ask, configuration, now)
+        hit = await self._limits.hit(ask.user_id, configuration.tier_of(profile.tier))
+        if isinstance(hit, Limited):
+            # The limit is on using credits: where they are short anyway, the own key is next in line.
+            if Path.OWN_KEY in plan.paths:
+                balance = await self._holds.balance(ask.user_id)
+                if balance.available_micros < amount_micros:
+                    return _CreditsAnswer(Credits.INSUFFICIENT)
+            return _CreditsAnswer(Credits.RATE_LIMITED, retry_after=hit.retry_after)
+        placed = False
+        try:
+            hold = await self._holds.place(
+                HoldRequest(
+                    id=new_id(),
+                    user_id=ask.user_id,
+                    request_id=ask.request_id,
+                    provider=ask.provider,
+                    model=ask.model,
+                    service_type=ask.service_type,
+                    amount_micros=amount_micros,
+                    ttl=ask.hold_ttl or self._default_ttl,
+                )
+            )
+            placed = hold.status is HoldStatus.PLACED
+        finally:
+            # Also when the caller went away: only a request that is made on credits counts.
+            if not placed:
+                await hit.refund()
+        match hold.status:
+            case HoldStatus.INSUFFICIENT:
+                return _CreditsAnswer(Credits.INSUFFICIENT)
+            case HoldStatus.IN_FLIGHT:
+                return _CreditsAnswer(Credits.IN_FLIGHT, retry_after=_IN_FLIGHT_RETRY)
+            case HoldStatus.REPLAYED if hold.provider != ask.provider:
+                raise RequestIdReused(hold.provider)
+            case HoldStatus.PLACED | HoldStatus.REPLAYED:
+                return _CreditsAnswer(Credits.HELD, hold=hold)
+
+    def _hold_micros(self, ask: Ask, configuration: Configuration, now: datetime) -> int:
+        if ask.cost_micros is not None:
+            return ask.cost_micros
+        if ask.tokens is not None:
+            priced = self._prices.cost_micros(
+                ask.provider, ask.model, ask.tokens, now=now, overrides=configuration.prices
+            )
+            if priced is not None:
+                return priced
+        return self._default_hold_micros
+
+    # -- the answers ------------------------------------------------------------------------------
+
+    def _own_key(
+        self,
+        ask: Ask,
+        plan: Plan,
+        verdict: Verdict,
+        provider: Provider,
+        key: StoredKey,
+        secret: Secret | None,
+        now: datetime,
+    ) -> Decision:
+        decision_id = new_id()
+        expires_at = now + (ask.hold_ttl or self._default_ttl)
+        handle = self._sealer.seal_handle(
+            HandleClaims(
+                decision_id=decision_id,
+                user_id=ask.user_id,
+                provider=ask.provider,
+                model=ask.model,
+                service_type=ask.service_type,
+                key_id=key.id,
+                key_revision=key.revision,
+                issued_at=now,
+                expires_at=expires_at,
+            )
+        )
+        return Decision(
+            id=decision_id,
+            mode=plan.mode,
+            reason=verdict.reason,
+            message=SENTENCES[verdict.reason],
+            replayed=False,
+            route=KeyRoute(
+                handle=handle,
+                key_id=key.id,
+                hint=key.hint,
+                secret=secret if ask.inline else None,
+                provider=provider,
+                expires_at=expires_at,
+            ),
+        )
+
+    def _ticket(self, ask: Ask, plan: Plan, verdict: Verdict, hold: HoldAnswer) -> Decision:
+        ticket = self._sealer.seal_ticket(
+            TicketClaims(
+                decision_id=hold.id,
+                user_id=ask.user_id,
+                provider=hold.provider,
+                model=hold.model,
+                service_type=hold.service_type,
+                hold_micros=hold.amount_micros,
+                issued_at=hold.created_at,
+                expires_at=hold.expires_at,
+            )
+        )
+        return Decision(
+            id=hold.id,
+            mode=plan.mode,
+            reason=verdict.reason,
+            message=SENTENCES[verdict.reason],
+            replayed=hold.status is HoldStatus.REPLAYED,
+            route=TicketRoute(
+                ticket=ticket,
+                hold_micros=hold.amount_micros,
+                available_micros=hold.available_micros,
+                expires_at=hold.expires_at,
+            ),
+        )
+
+    def _denial(self, plan: Plan, verdict: Verdict, retry_after: timedelta | None, now: datetime) -> Decision:
+        reason = verdict.denial
+        if reason is None:
+            raise RuntimeError(f"a verdict with neither path nor denial: {verdict}")
+        retryable = reason in RETRYABLE
+        if reason is DenialReason.KEY_UNUSABLE and plan.keys_usable_at is not None:
+            retryable, retry_after = True, plan.keys_usable_at - now
+        return Decision(
+            id=new_id(),
+            mode=plan.mode,
+            reason=verdict.reason,
+            message=DENIALS[reason],
+            replayed=False,
+            route=Denied(
+                reason=reason,
+                retryable=retryable,
+                retry_after=retry_after if retryable else None,
+                suggestion=SUGGESTIONS[reason],
+            ),
+        )
+
+    # -- explain ----------------------------------------------------------------------------------
+
+    async def explain(self, ask: Ask) -> tuple[Decision, list[Step]]:
+        """What `decide` would answer now, and the way to it. No hold, no rate-limit hit, no secret.
+
+        Raises what `decide` raises, but for `RequestIdReused`: no request id is looked up.
+        """
+        configuration = await self._configurations.get()
+        provider = _provider(configuration, ask)
+        profile = await self._profiles.get(ask.user_id)
+        now = self._clock()
+        plan, key, _ = self._plan(ask, configuration, provider, profile, now)
+        amount_micros = self._hold_micros(ask, configuration, now)
+        balance = await self._holds.balance(ask.user_id)
+        limited = await self._limits.peek(ask.user_id, configuration.tier_of(profile.tier))
+
+        answer = None
+        if plan.paths and plan.paths[0] is Path.CREDITS:
+            answer = _credits_now(balance, amount_micros, limited, plan)
+        verdict = conclude(plan, answer)
+        decision = self._explained(plan, verdict, provider, key, amount_micros, balance, limited, now)
+        steps = [
+            *_flag_steps(configuration),
+            Step("mode", plan.mode.value, "What the three flags make together."),
+            Step("provider", "enabled" if provider.is_enabled else "disabled", provider.id),
+            *_tier_steps(configuration, profile),
+            *self._key_steps(ask, profile, now),
+            Step(
+                "credits",
+                "enough" if balance.available_micros >= amount_micros else "short",
+                f"Balance {_usd(balance.balance_micros)}, held {_usd(balance.held_micros)}, "
+                f"available {_usd(balance.available_micros)}; this request holds {_usd(amount_micros)}.",
+            ),
+            Step(
+                "rate limit",
+                "reached" if limited else "room",
+                f"On the credits path; again in {limited.retry_after.total_seconds():.0f} s."
+                if limited
+                else "On the credits path.",
+            ),
+            *(
+                Step(f"path {path.value}", "tried" if path in plan.paths else "out", _why(plan, path))
+                for path in Path
+            ),
+            Step("route", verdict.path.value if verdict.path else "denied", decision.message),
+        ]
+        return decision, steps
+
+    def _explained(
+        self,
+        plan: Plan,
+        verdict: Verdict,
+        provider: Provider,
+        key: StoredKey | None,
+        amount_micros: int,
+        balance: Balance,
+        limited: Limited | None,
+        now: datetime,
+    ) -> Decision:
+        if verdict.path is None:
+            waits = {
+                DenialReason.RATE_LIMITED: limited.retry_after if limited else None,
+                DenialReason.HOLDS_IN_FLIGHT: _IN_FLIGHT_RETRY,
+            }
+            denial = verdict.denial
+            return self._denial(plan, verdict, waits.get(denial) if denial else None, now)
+        route: KeyRoute | TicketRoute
+        if verdict.path is Path.OWN_KEY and key is not None:
+            route = KeyRoute(
+                handle="",
+                key_id=key.id,
+                hint=key.hint,
+                secret=None,
+                provider=provider,
+                expires_at=now,
+            )
+        else:
+            route = TicketRoute(
+                ticket="",
+                hold_micros=amount_micros,
+                available_micros=balance.available_micros - amount_micros,
+                expires_at=now,
+            )
+        return Decision(
+            id=new_id(),
+            mode=plan.mode,
+            reason=verdict.reason,
+            message=SENTENCES[verdict.reason],
+            replayed=False,
+            route=route,
+        )
+
+    def _key_steps(self, ask: Ask, profile: Profile, now: datetime) -> list[Step]:
+        stored = profile.keys_for(ask.provider)
+        if not stored:
+            return [Step("keys", "none", f"The user has no key for {ask.provider}.")]
+        refused = self._refused_keys(ask)
+        return [Step(f"key {key.id}", *self._key_result(ask, key, refused, now)) for key in stored]
+
+    def _key_result(
+        self, ask: Ask, key: StoredKey, refused: frozenset[tuple[UUID, int]], now: datetime
+    ) -> tuple[str, str]:
+        shown = f"Label {key.label!r}, priority {key.priority}, ending in {key.hint!r}."
+        if not key.is_active:
+            return "inactive", f"Switched off. {shown}"
+        if not key.is_valid:
+            return "invalid", f"The provider refused it. {shown}"
+        if (key.id, key.revision) in refused:
+            return "refused", f"Among the failed_key_handles of this request. {shown}"
+        if key.cooldown_until is not None and key.cooldown_until > now:
+            return "cooling down", f"Until {key.cooldown_until.isoformat()}. {shown}"
+        if self._keyring is None:
+            return "sealed", f"This sidecar has no ENCRYPTION_KEY. {shown}"
+        try:
+            open_key(self._keyring, ask.user_id, key)
+        except Unreadable as error:
+            return "unreadable", f"{error} {shown}"
+        return ("usable" if key.is_verified else "usable, unverified"), shown
+
+
+def open_key(keyring: Keyring, user_id: str, key: StoredKey) -> Secret:
+    """The secret of a stored key. Raises `Unreadable`."""
+    return open_sealed(keyring, key.ciphertext, user_id=user_id, provider=key.provider, row_id=key.id)
+
+
+def _provider(configuration: Configuration, ask: Ask) -> Provider:
+    provider = configuration.providers.get(ask.provider)
+    if provider is None:
+        raise InvalidFields(("provider", "There is no such provider in api_providers."))
+    return provider
+
+
+def _credits_now(balance: Balance, amount_micros: int, limited: Limited | None, plan: Plan) -> Credits:
+    covered = balance.available_micros >= amount_micros
+    if limited and (covered or Path.OWN_KEY not in plan.paths):
+        return Credits.RATE_LIMITED
+    if covered:
+        return Credits.HELD
+    return Credits.IN_FLIGHT if balance.balance_micros >= amount_micros else Credits.INSUFFICIENT
+
+
+def _flag_steps(configuration: Configuration) -> list[Step]:
+    flags = configuration.flags
+    values: dict[str, Any] = {
+        "byok_enabled": flags.byok_enabled,
+        "byok_only_mode": flags.byok_only_mode,
+        "byok_uses_internal_credits": flags.byok_uses_internal_credits,
+    }
+    return [
+        Step(
+            f"flag {key}",
+            str(value).lower(),
+            "The default: there is no such row in feature_flags."
+            if key in configuration.flags_missing
+            else "From feature_flags.",
+        )
+        for key, value in values.items()
+    ]
+
+
+def _tier_steps(configuration: Configuration, profile: Profile) -> list[Step]:
+    world = World(
+        flags=configuration.flags,
+        tier=profile.tier,
+        tier_ranks=configuration.tier_ranks,
+        keys=(),
+    )
+    return [
+        Step(
+            "tier",
+            "eligible" if is_eligible(world) else "not eligible",
+            f"The user's tier is {profile.tier!r}; own keys are for {configuration.flags.min_tier!r} "
+            "and above.",
+        )
+    ]
+
+
+def _why(plan: Plan, path: Path) -> str:
+    out = plan.out.get(path)
+    if out is not None:
+        return f"Out: {out.value}."
+    if path in plan.paths:
+        return f"Number {plan.paths.index(path) + 1} in order."
+    return "Not part of this mode."
+
+
+def _usd(micros: int) -> str:
+    return f"{'-' if micros < 0 else ''}${abs(micros) / 1_000_000:.6f}"

@@ -1,0 +1,99 @@
+"""What can go wrong, by meaning. rpc/status.py turns each into one gRPC status.
+
+    KeyturnFault
+    ├── InvalidFields         the request: which fields, and what their limits are
+    ├── UserNotFound
+    ├── RequestIdReused       one request_id, two providers
+    ├── HoldNotFound          a genuine ticket whose hold is not in this database
+    ├── RecordConflict        recorded before with other contents
+    ├── RecordTooLate         more than 7 days after expiry
+    ├── HandleExpired
+    ├── HandleRedeemed
+    ├── KeyGone               the key behind a handle cannot be used any more
+    └── StoreUnavailable      PostgreSQL cannot be reached, or did not answer in time
+
+A garbled or foreign token is `keys.tokens.InvalidToken`. Messages are safe to show to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class KeyturnFault(Exception):  # noqa: N818 - faults are named for what they mean
+    """The root: a fault with a meaning, as opposed to a defect of the program."""
+
+
+class InvalidFields(KeyturnFault):
+    """Fields of a request that break their limits, each with a sentence that names the limit."""
+
+    def __init__(self, *violations: tuple[str, str]) -> None:
+        self.violations: Sequence[tuple[str, str]] = violations
+        super().__init__("; ".join(f"{field}: {description}" for field, description in violations))
+
+
+class UserNotFound(KeyturnFault):
+    """Nobody by that id."""
+
+    def __init__(self, user_id: str) -> None:
+        self.user_id = user_id
+        super().__init__("There is no such user.")
+
+
+class RequestIdReused(KeyturnFault):
+    """The request id has a ticket for another provider."""
+
+    def __init__(self, provider: str) -> None:
+        super().__init__(
+            f"This request_id already has a ticket for the provider {provider!r}: "
+            "use another request_id for another provider."
+        )
+
+
+class HoldNotFound(KeyturnFault):
+    """The ticket is genuine, but its hold is not in this database."""
+
+    def __init__(self) -> None:
+        super().__init__("The hold of this ticket is not known here.")
+
+
+class RecordConflict(KeyturnFault):
+    """This decision was recorded before, with other contents."""
+
+    def __init__(self) -> None:
+        super().__init__("This decision has been recorded before with other contents.")
+
+
+class RecordTooLate(KeyturnFault):
+    """The handle or ticket expired too long ago to be recorded."""
+
+    def __init__(self) -> None:
+        super().__init__("A record is taken up to 7 days after the handle or ticket expired.")
+
+
+class HandleExpired(KeyturnFault):
+    """The handle's time to be redeemed is over."""
+
+    def __init__(self) -> None:
+        super().__init__("The handle has expired: decide again.")
+
+
+class HandleRedeemed(KeyturnFault):
+    """The handle has given up its secret before."""
+
+    def __init__(self) -> None:
+        super().__init__("The handle has been redeemed before: decide again.")
+
+
+class KeyGone(KeyturnFault):
+    """The key behind a handle was deleted, switched off, or does not open any more."""
+
+    def __init__(self) -> None:
+        super().__init__("The key behind this handle cannot be used any more: decide again.")
+
+
+class StoreUnavailable(KeyturnFault):
+    """PostgreSQL cannot be reached or did not answer in time; what was asked may have been done."""
+
+    def __init__(self) -> None:
+        super().__init__("The database cannot be reached.")

@@ -1,0 +1,116 @@
+"""Cached readings that a push keeps fresh: aiocache below, a single flight in front.
+
+While the push is up an entry lives for its lifetime or until the push says that it changed. While it
+is down an entry lives for a moment only (`unpushed_ttl`), so that a change still arrives soon; what
+was cached before is dropped. A reading that was under way when its change was announced is not kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
+
+from aiocache import SimpleMemoryCache
+
+T = TypeVar("T")
+
+
+class BoundedMemoryCache(SimpleMemoryCache):  # type: ignore[misc]  # aiocache has no types
+    """aiocache's memory cache with a bound: the oldest entry makes room. (It has none of its own.)"""
+
+    def __init__(self, *, max_entries: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._max_entries = max_entries
+
+    async def _set(
+        self, key: str, value: Any, ttl: float | None = None, _cas_token: Any = None, _conn: Any = None
+    ) -> Any:
+        if key not in self._cache and len(self._cache) >= self._max_entries:
+            await self._delete(next(iter(self._cache)))
+        return await super()._set(key, value, ttl=ttl, _cas_token=_cas_token, _conn=_conn)
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+
+class _Flight(Generic[T]):
+    """One reading under way, and those who wait for it."""
+
+    __slots__ = ("future", "is_current")
+
+    def __init__(self) -> None:
+        self.future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.is_current = True
+
+
+class _Abandoned(Exception):  # noqa: N818 - not an error: the leader was cancelled, somebody else leads
+    pass
+
+
+class PushedCache(Generic[T]):
+    """Readings by key. `load` is called once for any number of callers at the same time."""
+
+    def __init__(
+        self,
+        load: Callable[[str], Awaitable[T]],
+        *,
+        ttl: timedelta,
+        unpushed_ttl: timedelta,
+        max_entries: int,
+    ) -> None:
+        self._load = load
+        self._ttl_seconds = ttl.total_seconds()
+        self._unpushed_seconds = unpushed_ttl.total_seconds()
+        self._cache = BoundedMemoryCache(max_entries=max_entries, timeout=None)
+        self._flights: dict[str, _Flight[T]] = {}
+        self._is_pushed = False
+
+    async def get(self, key: str) -> T:
+        """The reading, from the cache or by `load`. Raises what `load` raises, which is not cached."""
+        while True:
+            found: T | None = await self._cache.get(key)
+            if found is not None:
+                return found
+            flight = self._flights.get(key)
+            if flight is None:
+                return await self._lead(key)
+            try:
+                return await asyncio.shield(flight.future)
+            except _Abandoned:
+                continue
+
+    async def _lead(self, key: str) -> T:
+        flight = self._flights[key] = _Flight[T]()
+        try:
+            value = await self._load(key)
+            if flight.is_current:
+                ttl = self._ttl_seconds if self._is_pushed else self._unpushed_seconds
+                await self._cache.set(key, value, ttl=ttl)
+        except BaseException as error:
+            passed_on = error if isinstance(error, Exception) else _Abandoned()
+            if not flight.future.done():
+                flight.future.set_exception(passed_on)
+                flight.future.exception()  # nobody may be waiting
+            raise
+        else:
+            flight.future.set_result(value)
+            return value
+        finally:
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+
+    async def expire(self, key: str) -> None:
+        """The reading for `key` has changed: the next `get` loads it."""
+        if (flight := self._flights.pop(key, None)) is not None:
+            flight.is_current = False
+        await self._cache.delete(key)
+
+    async def expire_all(self, *, pushed: bool) -> None:
+        """Nothing cached counts any more; `pushed` says whether changes are announced from now on."""
+        self._is_pushed = pushed
+        for flight in self._flights.values():
+            flight.is_current = False
+        self._flights.clear()
+        await self._cache.clear()

@@ -1,0 +1,169 @@
+"""Holds, settlements and the use of own keys: the values that pass between use cases and store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import Enum
+from uuid import UUID
+
+from keyturn_server.prices import Usage
+
+
+class Outcome(Enum):
+    """How a request to a provider ended. Meanings: protos/keyturn/v1/routing_service.proto."""
+
+    SUCCESS = "SUCCESS"
+    CLIENT_CANCELLED = "CLIENT_CANCELLED"
+    NEVER_SENT = "NEVER_SENT"
+    AUTH_REJECTED = "AUTH_REJECTED"
+    RATE_LIMITED = "RATE_LIMITED"
+    PROVIDER_BILLING = "PROVIDER_BILLING"
+    PROVIDER_ERROR = "PROVIDER_ERROR"
+    TIMEOUT = "TIMEOUT"
+    REFUSED = "REFUSED"
+    UNKNOWN = "UNKNOWN"
+
+
+class CostSource(Enum):
+    """Where a cost comes from."""
+
+    REPORTED = "REPORTED"
+    PRICED = "PRICED"
+    ESTIMATED = "ESTIMATED"
+    NONE = "NONE"
+
+
+class KeyState(Enum):
+    """Whether a stored key can be used, and if not, why."""
+
+    USABLE = "USABLE"
+    UNVERIFIED = "UNVERIFIED"
+    INACTIVE = "INACTIVE"
+    INVALID = "INVALID"
+    COOLING_DOWN = "COOLING_DOWN"
+    UNREADABLE = "UNREADABLE"
+    DELETED = "DELETED"
+
+
+class HoldStatus(Enum):
+    """What came of asking for a hold."""
+
+    PLACED = "placed"
+    REPLAYED = "replayed"
+    INSUFFICIENT = "insufficient"
+    IN_FLIGHT = "in_flight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldRequest:
+    """Credits to set aside for one request. Amounts in micro-USD."""
+
+    id: UUID
+    """That of the decision."""
+    user_id: str
+    request_id: str | None
+    provider: str
+    model: str
+    service_type: str
+    amount_micros: int
+    ttl: timedelta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldAnswer:
+    """The hold, new or as it was first placed; the amounts in micro-USD."""
+
+    status: HoldStatus
+    id: UUID
+    amount_micros: int
+    available_micros: int
+    """Balance less all holds, this one included."""
+    created_at: datetime
+    expires_at: datetime
+    provider: str
+    model: str
+    service_type: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balance:
+    """A user's credits, in micro-USD. What is held may include holds about to be released."""
+
+    balance_micros: int
+    held_micros: int
+
+    @property
+    def available_micros(self) -> int:
+        """What a new hold may take."""
+        return self.balance_micros - self.held_micros
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a caller says of one request, besides which one it was."""
+
+    outcome: Outcome
+    usage: Usage | None
+    """None: not known, which is not zero."""
+    cost_micros: int | None
+    model: str
+    endpoint: str
+    response_time: timedelta | None
+    http_status: int | None
+    error_message: str
+    retry_after: timedelta | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """One ticket to settle. Amounts in micro-USD."""
+
+    hold_id: UUID
+    user_id: str
+    charge_micros: int
+    cost_source: CostSource
+    report: Report
+    fingerprint: bytes
+    """Of the report: the same again is a replay, another is a conflict."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What a settlement came to. Amounts in micro-USD."""
+
+    charged_micros: int
+    released_micros: int
+    balance_micros: int
+    cost_source: CostSource
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyUse:
+    """One use of an own key to record."""
+
+    id: UUID
+    """That of the decision."""
+    user_id: str
+    key_id: UUID
+    key_revision: int
+    provider: str
+    model: str
+    service_type: str
+    cost_micros: int | None
+    cost_source: CostSource
+    cooldown: timedelta | None
+    """How long the key shall rest; None: not at all."""
+    is_late: bool
+    report: Report
+    fingerprint: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyUsed:
+    """A use of an own key, as recorded."""
+
+    cost_source: CostSource
+    key_state: KeyState
+    replayed: bool

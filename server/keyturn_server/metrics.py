@@ -1,0 +1,44 @@
+"""Prometheus metrics. No label ever holds a user, a key or a token."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class Metrics:
+    """The sidecar's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._calls = Counter(
+            "keyturn_calls_total",
+            "RPCs by method and status code",
+            ["method", "code"],
+            registry=self.registry,
+        )
+        self._groups = Histogram(
+            "keyturn_group_size",
+            "Requests that share one statement, by kind",
+            ["kind"],
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+            registry=self.registry,
+        )
+        self.push_up = Gauge(
+            "keyturn_push_up", "1 while changes in the database are announced, else 0", registry=self.registry
+        )
+        self.unreadable_keys = Counter(
+            "keyturn_unreadable_keys_total",
+            "Decisions that met a stored key that does not open",
+            registry=self.registry,
+        )
+        self.expired_holds = Counter(
+            "keyturn_expired_holds_total", "Holds released because they ran out", registry=self.registry
+        )
+
+    def called(self, method: str, code: str) -> None:
+        """One RPC has ended."""
+        self._calls.labels(method, code).inc()
+
+    def grouped(self, kind: str, size: int) -> None:
+        """One group has been run."""
+        self._groups.labels(kind).observe(size)

@@ -1,0 +1,39 @@
+"""What a decision needs to know of a user: the tier, and the keys as ciphertext."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredKey:
+    """A user's key for a provider, as it rests: sealed."""
+
+    id: UUID
+    provider: str
+    label: str
+    priority: int
+    ciphertext: str = field(repr=False)
+    hint: str
+    revision: int
+    """Counts the secrets that this row has held."""
+    is_active: bool
+    is_valid: bool
+    is_verified: bool
+    cooldown_until: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A user as decisions see one. Holds no decrypted secret and no balance."""
+
+    user_id: str
+    tier: str
+    keys: tuple[StoredKey, ...]
+    """Best priority first, the oldest first among equals."""
+
+    def keys_for(self, provider: str) -> tuple[StoredKey, ...]:
+        """The keys for one provider, in the order to try them."""
+        return tuple(key for key in self.keys if key.provider == provider)

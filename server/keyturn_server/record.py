@@ -1,0 +1,206 @@
+"""Record: what became of a request. Charges a ticket or counts the use of an own key, exactly once.
+
+Settlement rules: DESIGN, "Wire contract", Record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Protocol
+from uuid import UUID
+
+from keyturn_server.decide import Configurations
+from keyturn_server.errors import RecordTooLate
+from keyturn_server.keys.tokens import HandleClaims, TicketClaims, TokenSealer
+from keyturn_server.ledger import (
+    CostSource,
+    KeyState,
+    KeyUse,
+    KeyUsed,
+    Outcome,
+    Report,
+    Settled,
+    Settlement,
+)
+from keyturn_server.prices import PriceBook
+
+_TAKEN_FOR = timedelta(days=7)
+"""How long after its handle or ticket expired a record is still taken."""
+
+_COOLDOWNS = {
+    Outcome.RATE_LIMITED: timedelta(seconds=60),
+    Outcome.PROVIDER_BILLING: timedelta(minutes=15),
+}
+"""How long a key rests when the provider did not say."""
+
+_NEVER_CHARGED = frozenset(
+    {
+        Outcome.NEVER_SENT,
+        Outcome.AUTH_REJECTED,
+        Outcome.RATE_LIMITED,
+        Outcome.PROVIDER_BILLING,
+        Outcome.REFUSED,
+    }
+)
+"""The provider did no work: nothing is charged, whatever else the report says."""
+
+
+class Books(Protocol):
+    """The part of the ledger that records need."""
+
+    async def settle(self, settlement: Settlement) -> Settled: ...
+    async def record_key_use(self, use: KeyUse) -> KeyUsed: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """A record as it was taken. Amounts in micro-USD."""
+
+    id: UUID
+    charged_micros: int
+    released_micros: int
+    balance_micros: int | None
+    """None for an own key."""
+    cost_source: CostSource
+    key_state: KeyState | None
+    """None for a ticket."""
+    replayed: bool
+
+
+class Recorder:
+    """Takes records. Safe for any number of callers at once.
+
+    `on_key_state` hears of every own key whose outcome may have changed its state, before the caller
+    gets its answer: so the next decision here does not hand out a key that was just refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        configurations: Configurations,
+        books: Books,
+        sealer: TokenSealer,
+        prices: PriceBook,
+        clock: Callable[[], datetime],
+        on_key_state: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self._configurations = configurations
+        self._books = books
+        self._sealer = sealer
+        self._prices = prices
+        self._clock = clock
+        self._on_key_state = on_key_state
+
+    async def settle_ticket(self, ticket: str, report: Report) -> Recorded:
+        """Charge the hold behind `ticket` and release the rest; durable when this returns.
+
+        Raises `InvalidToken`, `RecordTooLate`, `HoldNotFound`, `RecordConflict`, `StoreUnavailable`.
+        """
+        claims = self._sealer.open_ticket(ticket)
+        now = self._clock()
+        _check_age(claims.expires_at, now)
+        charge_micros, source = await self._charge(claims, report, now)
+        settled = await self._books.settle(
+            Settlement(
+                hold_id=claims.decision_id,
+                user_id=claims.user_id,
+                charge_micros=charge_micros,
+                cost_source=source,
+                report=report,
+                fingerprint=_fingerprint(report),
+            )
+        )
+        return Recorded(
+            id=claims.decision_id,
+            charged_micros=settled.charged_micros,
+            released_micros=settled.released_micros,
+            balance_micros=settled.balance_micros,
+            cost_source=settled.cost_source,
+            key_state=None,
+            replayed=settled.replayed,
+        )
+
+    async def record_key(self, handle: str, report: Report) -> Recorded:
+        """Count the use of the key behind `handle`, and let the outcome steer the key.
+
+        Raises `InvalidToken`, `RecordTooLate`, `RecordConflict`, `StoreUnavailable`.
+        """
+        claims = self._sealer.open_handle(handle)
+        now = self._clock()
+        _check_age(claims.expires_at, now)
+        cost_micros, source = await self._cost(claims, report, now)
+        used = await self._books.record_key_use(
+            KeyUse(
+                id=claims.decision_id,
+                user_id=claims.user_id,
+                key_id=claims.key_id,
+                key_revision=claims.key_revision,
+                provider=claims.provider,
+                model=report.model or claims.model,
+                service_type=claims.service_type,
+                cost_micros=cost_micros,
+                cost_source=source,
+                cooldown=_cooldown(report),
+                is_late=claims.expires_at <= now,
+                report=report,
+                fingerprint=_fingerprint(report),
+            )
+        )
+        if report.outcome is not Outcome.SUCCESS and not used.replayed:
+            await self._on_key_state(claims.user_id)
+        return Recorded(
+            id=claims.decision_id,
+            charged_micros=0,
+            released_micros=0,
+            balance_micros=None,
+            cost_source=used.cost_source,
+            key_state=used.key_state,
+            replayed=used.replayed,
+        )
+
+    async def _cost(
+        self, claims: HandleClaims | TicketClaims, report: Report, now: datetime
+    ) -> tuple[int | None, CostSource]:
+        """What the request cost, as far as that is known: reported, else priced, else None."""
+        if report.cost_micros is not None:
+            return report.cost_micros, CostSource.REPORTED
+        model = report.model or claims.model
+        if report.usage is not None and model:
+            configuration = await self._configurations.get()
+            priced = self._prices.cost_micros(
+                claims.provider, model, report.usage, now=now, overrides=configuration.prices
+            )
+            if priced is not None:
+                return priced, CostSource.PRICED
+        return None, CostSource.NONE
+
+    async def _charge(self, claims: TicketClaims, report: Report, now: datetime) -> tuple[int, CostSource]:
+        if report.outcome in _NEVER_CHARGED:
+            return 0, CostSource.NONE
+        cost_micros, source = await self._cost(claims, report, now)
+        if cost_micros is not None:
+            return cost_micros, source
+        # Tokens were used, or an answer was given, and nobody knows the price: the hold is the best
+        # estimate there is.
+        if report.outcome is Outcome.SUCCESS or (report.usage is not None and report.usage.total > 0):
+            return claims.hold_micros, CostSource.ESTIMATED
+        return 0, CostSource.NONE
+
+
+def _check_age(expires_at: datetime, now: datetime) -> None:
+    if now > expires_at + _TAKEN_FOR:
+        raise RecordTooLate
+
+
+def _cooldown(report: Report) -> timedelta | None:
+    default = _COOLDOWNS.get(report.outcome)
+    return None if default is None else (report.retry_after or default)
+
+
+def _fingerprint(report: Report) -> bytes:
+    """16 bytes that stand for the whole report: the same report has the same ones."""
+    # Every value in it prints itself whole and unambiguously.
+    return hashlib.blake2b(repr(report).encode(), digest_size=16).digest()

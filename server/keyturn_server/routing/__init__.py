@@ -1,0 +1,1 @@
+"""The routing policy: pure functions over plain values. Standard library only, no I/O, no clock."""

@@ -1,0 +1,131 @@
+"""RoutingService: the data plane. protos/keyturn/v1/routing_service.proto says what each method does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc
+
+from keyturn.v1 import routing_service_pb2, status_pb2
+from keyturn_server.keys.tokens import InvalidToken
+from keyturn_server.rpc.decode import ask_from, check_batch, check_handle, report_from
+from keyturn_server.rpc.encode import decision_message, explanation_message, record_message
+from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Guard
+from keyturn_server.rpc.status import BadToken, item_status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from keyturn_server.decide import Decider
+    from keyturn_server.record import Recorder
+    from keyturn_server.redeem import Redeemer
+
+NAME = routing_service_pb2.DESCRIPTOR.services_by_name["RoutingService"].full_name
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class RoutingService:
+    """Decodes, calls, encodes."""
+
+    def __init__(self, *, decider: Decider, recorder: Recorder, redeemer: Redeemer, guard: Guard) -> None:
+        self._decider = decider
+        self._recorder = recorder
+        self._redeemer = redeemer
+        self._guard = guard
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the methods."""
+        v1 = routing_service_pb2
+        unary = self._guard.unary
+        handlers = {
+            "Decide": unary("Decide", v1.DecideRequest, self.decide),
+            "Record": unary("Record", v1.RecordRequest, self.record),
+            "Redeem": unary("Redeem", v1.RedeemRequest, self.redeem),
+            "Explain": unary("Explain", v1.ExplainRequest, self.explain),
+            "BatchDecide": unary(
+                "BatchDecide", v1.BatchDecideRequest, self.batch_decide, max_bytes=MAX_BATCH_BYTES
+            ),
+            "BatchRecord": unary(
+                "BatchRecord", v1.BatchRecordRequest, self.batch_record, max_bytes=MAX_BATCH_BYTES
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
+
+    async def decide(self, request: routing_service_pb2.DecideRequest) -> routing_service_pb2.DecideResponse:
+        ask = ask_from(request)
+        with _tokens_in("failed_key_handles"):
+            return decision_message(await self._decider.decide(ask))
+
+    async def record(self, request: routing_service_pb2.RecordRequest) -> routing_service_pb2.RecordResponse:
+        report = report_from(request)
+        if request.WhichOneof("settles") == "credit_ticket":
+            with _tokens_in("credit_ticket"):
+                return record_message(await self._recorder.settle_ticket(request.credit_ticket, report))
+        with _tokens_in("key_handle"):
+            return record_message(await self._recorder.record_key(request.key_handle, report))
+
+    async def redeem(self, request: routing_service_pb2.RedeemRequest) -> routing_service_pb2.RedeemResponse:
+        check_handle(request.key_handle)
+        with _tokens_in("key_handle"):
+            secret = await self._redeemer.redeem(request.key_handle)
+        return routing_service_pb2.RedeemResponse(secret=secret.reveal())
+
+    async def explain(
+        self, request: routing_service_pb2.ExplainRequest
+    ) -> routing_service_pb2.ExplainResponse:
+        ask = ask_from(request.decide)
+        with _tokens_in("failed_key_handles"):
+            return explanation_message(*await self._decider.explain(ask))
+
+    async def batch_decide(
+        self, request: routing_service_pb2.BatchDecideRequest
+    ) -> routing_service_pb2.BatchDecideResponse:
+        result = routing_service_pb2.BatchDecideResult
+        answers = await self._each("BatchDecide", request.requests, self.decide)
+        return routing_service_pb2.BatchDecideResponse(
+            results=[
+                result(status=answer) if isinstance(answer, status_pb2.Status) else result(response=answer)
+                for answer in answers
+            ]
+        )
+
+    async def batch_record(
+        self, request: routing_service_pb2.BatchRecordRequest
+    ) -> routing_service_pb2.BatchRecordResponse:
+        result = routing_service_pb2.BatchRecordResult
+        answers = await self._each("BatchRecord", request.requests, self.record)
+        return routing_service_pb2.BatchRecordResponse(
+            results=[
+                result(status=answer) if isinstance(answer, status_pb2.Status) else result(response=answer)
+                for answer in answers
+            ]
+        )
+
+    async def _each(
+        self, method: str, items: Iterable[Item], answer: Callable[[Item], Awaitable[Answer]]
+    ) -> list[Answer | status_pb2.Status]:
+        """Each item's answer or status. All at once, so that they share the ledger's statements."""
+        items = list(items)
+        check_batch(len(items))
+
+        async def one(item: Item) -> Answer | status_pb2.Status:
+            try:
+                return await answer(item)
+            except Exception as error:
+                return item_status(self._guard.status(method, error))
+
+        return await asyncio.gather(*(one(item) for item in items))
+
+
+@contextmanager
+def _tokens_in(field: str) -> Iterator[None]:
+    """Names the field of a token that does not open."""
+    try:
+        yield
+    except InvalidToken as error:
+        raise BadToken(field, error) from None

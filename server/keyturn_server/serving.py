@@ -1,0 +1,264 @@
+"""Sockets, health and drain: a running sidecar on its addresses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import ipaddress
+import os
+import signal
+import stat
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_channelz.v1 import channelz, channelz_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+from prometheus_client import start_http_server
+
+from keyturn_server.errors import KeyturnFault
+from keyturn_server.metrics import Metrics
+from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Guard
+
+_MAX_SOCKET_PATH = 107
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+# One server an address: with SO_REUSEPORT a second one would silently take half of the calls.
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    # A little above the limit of our own, which answers with details.
+    ("grpc.max_receive_message_length", MAX_BATCH_BYTES + 64 * 1024),
+    ("grpc.max_metadata_size", 16 * 1024),
+)
+
+
+class AddressError(KeyturnFault):
+    """An address cannot be listened on; the message names it and the way out."""
+
+
+class Health:
+    """The health of the process, of each service, and of the push."""
+
+    def __init__(self) -> None:
+        self.servicer = health.aio.HealthServicer()
+
+    async def report(self, service: str, *, well: bool) -> None:
+        """Tell whoever asks or watches; the empty name is the process as a whole."""
+        await self.servicer.set(service, _SERVING if well else _NOT_SERVING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What is served."""
+
+    names: tuple[str, ...]
+    """The full names of the gRPC services."""
+    add_to: Callable[[grpc.aio.Server], None]
+    guard: Guard
+    health: Health
+    metrics: Metrics
+
+
+@contextlib.contextmanager
+def claimed(addresses: Sequence[str], *, insecure_loopback: bool) -> Iterator[tuple[str, ...]]:
+    """The addresses, checked, and the Unix sockets among them locked for this process.
+
+    Done before anything else, so that a second sidecar fails before it touches the database. Raises
+    `AddressError`.
+    """
+    checked = tuple(_check(address, insecure_loopback=insecure_loopback) for address in addresses)
+    with contextlib.ExitStack() as stack:
+        for address in checked:
+            if address.startswith("unix:"):
+                stack.enter_context(_lock_socket(Path(address.removeprefix("unix:"))))
+        yield checked
+
+
+@asynccontextmanager
+async def serving(
+    services: Services,
+    addresses: Sequence[str],
+    *,
+    with_reflection: bool,
+    metrics_address: str | None,
+    drain_timeout: timedelta,
+    log: Any,
+) -> AsyncIterator[tuple[str, ...]]:
+    """Answers on addresses that are `claimed` for the length of the block, then drains.
+
+    The addresses come back as they are listened on: a port of 0 as the port it became. Raises
+    `AddressError`.
+    """
+    server = grpc.aio.server(options=_OPTIONS)
+    services.add_to(server)
+    health_pb2_grpc.add_HealthServicer_to_server(services.health.servicer, server)
+    if with_reflection:
+        channelz.add_channelz_servicer(server)
+        _add_reflection(
+            server,
+            (
+                *services.names,
+                health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+                channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
+                reflection.SERVICE_NAME,
+            ),
+        )
+    with contextlib.ExitStack() as stack:
+        bound = tuple([_bind(server, address) for address in addresses])
+        if metrics_address is not None:
+            _serve_metrics(metrics_address, services.metrics, stack)
+        await server.start()
+        for name in ("", *services.names):
+            await services.health.report(name, well=True)
+        log.info("serving", addresses=list(bound))
+        try:
+            yield bound
+        finally:
+            # New calls are told to go elsewhere, those in flight are finished.
+            await services.health.servicer.enter_graceful_shutdown()
+            log.info("draining", in_flight=services.guard.in_flight)
+            await _drain(server, services.guard, drain_timeout)
+            log.info("stopped")
+
+
+async def _drain(server: grpc.aio.Server, guard: Guard, timeout: timedelta) -> None:
+    grace_seconds = timeout.total_seconds()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(server.stop(grace_seconds))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_seconds):
+                await guard.idle()
+        # What is left never ends by itself: watches of health, streams of reflection.
+        await server.stop(0)
+
+
+async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: Any) -> None:
+    """Run `sidecar` until SIGTERM or SIGINT; a second signal ends the process at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        log.info("signalled", signal=number.name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        async with sidecar:
+            await stop.wait()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
+    """Reflection under its two names: the library has only v1alpha, which v1 equals on the wire."""
+    servicer = reflection.aio.ReflectionServicer(services)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    for name in (reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"):
+        methods = {"ServerReflectionInfo": handler}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
+
+
+def _check(address: str, *, insecure_loopback: bool) -> str:
+    """The address as gRPC takes it, if it is one that may be listened on."""
+    if address.startswith("unix:"):
+        path = Path(address.removeprefix("unix:").removeprefix("//")).absolute()
+        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+            raise AddressError(
+                f"{path}: a Unix socket's path has at most {_MAX_SOCKET_PATH} bytes; choose a shorter one."
+            )
+        _check_directory(path.parent)
+        return f"unix:{path}"
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise AddressError(f"{address!r} is no address: give unix:PATH or host:port.")
+    if not _is_loopback(host.strip("[]")):
+        raise AddressError(
+            f"{address}: TCP off loopback needs TLS, which this release does not have. "
+            "Listen on loopback or a Unix socket."
+        )
+    if not insecure_loopback:
+        raise AddressError(
+            f"{address}: any local process could call a TCP port. Listen on unix:PATH, or say "
+            "--insecure-loopback if every local process may."
+        )
+    return address
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_directory(directory: Path) -> None:
+    """Whoever can enter the directory of a socket can call: so only its owner may."""
+    if not directory.exists():
+        try:
+            directory.mkdir(parents=True, mode=0o700)
+        except OSError as error:
+            raise AddressError(f"{directory}: cannot be made for the socket: {error.strerror}.") from None
+    facts = directory.stat()
+    if not stat.S_ISDIR(facts.st_mode):
+        raise AddressError(f"{directory}: is no directory.")
+    if facts.st_uid != os.geteuid():
+        raise AddressError(f"{directory}: the socket's directory belongs to somebody else.")
+    if facts.st_mode & 0o077:
+        raise AddressError(
+            f"{directory}: others can enter the socket's directory. Run: chmod 700 {directory}"
+        )
+
+
+@contextlib.contextmanager
+def _lock_socket(path: Path) -> Iterator[None]:
+    """Holds the socket for this process. gRPC would take a socket over from a running server."""
+    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AddressError(f"unix:{path}: another server listens there.") from None
+        yield
+    finally:
+        # The file stays: removing it would let two servers lock two different files.
+        os.close(lock)
+
+
+def _bind(server: grpc.aio.Server, address: str) -> str:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise AddressError(f"{address}: cannot be listened on; is another server there?")
+    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _serve_metrics(address: str, metrics: Metrics, stack: contextlib.ExitStack) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise AddressError(f"{address!r} is no address for metrics: give host:port.")
+    try:
+        server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=metrics.registry)
+    except OSError as error:
+        raise AddressError(f"{address}: cannot be listened on for metrics: {error.strerror}.") from None
+    stack.callback(thread.join)
+    stack.callback(server.server_close)
+    stack.callback(server.shutdown)

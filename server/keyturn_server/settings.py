@@ -1,0 +1,130 @@
+"""The settings, read once: the only reader of the environment.
+
+Every setting is `KEYTURN_*`; the exceptions are the master keys, `ENCRYPTION_KEY` and
+`ENCRYPTION_KEYS_RETIRED`, whose names products that migrate to Keyturn already use.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from keyturn_server.errors import KeyturnFault
+
+# Names with this alias are read as they are, without the prefix.
+_MASTER_KEY = "ENCRYPTION_KEY"
+_RETIRED_KEYS = "ENCRYPTION_KEYS_RETIRED"
+
+
+class SettingsError(KeyturnFault):
+    """A setting is not usable; the message names it, and never shows its value."""
+
+
+class Settings(BaseSettings):
+    """What the sidecar runs with. Frozen; durations are in seconds in the environment."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="KEYTURN_", frozen=True, hide_input_in_errors=True, extra="ignore", populate_by_name=True
+    )
+
+    database_url: SecretStr | None = None
+    """PostgreSQL of the operator's: `postgresql://user:password@host/database`."""
+    embedded: Path | None = None
+    """A directory for an embedded PostgreSQL, instead of `database_url`."""
+    listen: Annotated[tuple[str, ...], NoDecode] = ()
+    """Addresses, `unix:PATH` or `host:port`, comma-separated. Empty: the default Unix socket."""
+    reflection: bool = False
+    insecure_loopback: bool = False
+    metrics: str | None = None
+    """`host:port` for Prometheus; none by default."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    encryption_key: SecretStr | None = Field(default=None, validation_alias=_MASTER_KEY)
+    encryption_keys_retired: SecretStr | None = Field(default=None, validation_alias=_RETIRED_KEYS)
+    """Comma-separated."""
+
+    default_hold_micros: int = Field(default=50_000, ge=0, le=1_000_000_000_000)
+    """What a request without an estimate holds, in micro-USD."""
+    hold_ttl: timedelta = Field(default=timedelta(minutes=10), ge=timedelta(seconds=1), le=timedelta(days=1))
+    """How long a hold or handle lives when the caller does not say."""
+    sweep_interval: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
+    """How often expired holds are released."""
+
+    flag_ttl: timedelta = Field(default=timedelta(seconds=300), gt=timedelta(0))
+    """How long the configuration is cached while the push is up."""
+    profile_ttl: timedelta = Field(default=timedelta(seconds=60), gt=timedelta(0))
+    """How long a user's profile is cached while the push is up."""
+    unpushed_ttl: timedelta = Field(default=timedelta(seconds=1), gt=timedelta(0))
+    """How long anything is cached while the push is down."""
+    cached_profiles: int = Field(default=100_000, gt=0)
+    push_beat: timedelta = Field(default=timedelta(seconds=1), gt=timedelta(0))
+    """How often the LISTEN connection proves itself."""
+    push_timeout: timedelta = Field(default=timedelta(seconds=2), gt=timedelta(0))
+    """How long it may take to."""
+
+    database_connections: int = Field(default=8, ge=2)
+    connect_timeout: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
+    statement_timeout: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
+    drain_timeout: timedelta = Field(default=timedelta(seconds=25), gt=timedelta(0))
+    """How long calls in flight may take after SIGTERM."""
+
+    @field_validator("listen", mode="before")
+    @classmethod
+    def _split_addresses(cls, value: object) -> object:
+        return (
+            tuple(part.strip() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
+
+    @field_validator(
+        "encryption_key", "encryption_keys_retired", "database_url", "embedded", "metrics", mode="before"
+    )
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @property
+    def retired_keys(self) -> tuple[str, ...]:
+        """The retired master keys as text, one by one."""
+        joined = self.encryption_keys_retired
+        return tuple(joined.get_secret_value().split(",")) if joined is not None else ()
+
+
+def read_settings(**options: object) -> Settings:
+    """The settings from the environment; an option that is not None wins over it.
+
+    Raises `SettingsError`.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise SettingsError(
+            "; ".join(
+                f"{_variable(problem['loc'])}: {problem['msg']}"
+                for problem in error.errors(include_input=False, include_url=False, include_context=False)
+            )
+        ) from None
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    name = str(location[0]) if location else "settings"
+    return name if name in (_MASTER_KEY, _RETIRED_KEYS) else f"KEYTURN_{name.upper()}"
+
+
+def default_socket() -> str:
+    """Where `serve` listens when nothing is said: a Unix socket only this user can reach."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if os.geteuid() == 0:
+        directory = Path("/run/keyturn")
+    elif runtime:
+        directory = Path(runtime) / "keyturn"
+    else:
+        directory = Path.home() / ".keyturn" / "run"
+    return f"unix:{directory / 'keyturn.sock'}"

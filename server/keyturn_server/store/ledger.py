@@ -1,0 +1,268 @@
+"""The ledger: grouped statements that place holds, settle tickets and record the use of own keys.
+
+The statements are functions of the database (migrations/0002_ledger.sql), where the locking order is
+written down; docs/decisions/0003 says why they are functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import asyncpg
+
+from keyturn_server.errors import HoldNotFound, RecordConflict, UserNotFound
+from keyturn_server.grouping import AGAIN, Again, Group
+from keyturn_server.ids import new_id
+from keyturn_server.ledger import (
+    Balance,
+    CostSource,
+    HoldAnswer,
+    HoldRequest,
+    HoldStatus,
+    KeyState,
+    KeyUse,
+    KeyUsed,
+    Report,
+    Settled,
+    Settlement,
+)
+
+if TYPE_CHECKING:
+    from keyturn_server.store.database import Database
+
+T = TypeVar("T")
+
+_PLACE = "SELECT * FROM keyturn_place_holds($1::keyturn_hold_request[]) ORDER BY ord"
+_SETTLE = "SELECT * FROM keyturn_settle_tickets($1::keyturn_settlement[]) ORDER BY ord"
+_RECORD = "SELECT * FROM keyturn_record_key_usage($1::keyturn_key_record[]) ORDER BY ord"
+_BALANCE = "SELECT balance_micros, held_micros FROM credit_accounts WHERE user_id = $1"
+_GRANT = "SELECT * FROM keyturn_grant_credits($1, $2, $3, $4, $5)"
+_EXPIRE = "SELECT keyturn_expire_holds($1)"
+_FORGET = "SELECT keyturn_forget($1)"
+
+# Enough to fill a statement under load, small enough to keep its locks short.
+_MOST_IN_A_GROUP = 512
+
+
+class Ledger:
+    """Money in PostgreSQL. Made with `open_ledger`.
+
+    Methods raise `StoreUnavailable` when the database cannot answer in time.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        holds: Group[HoldRequest, HoldAnswer],
+        settlements: Group[Settlement, Settled | Exception],
+        key_uses: Group[KeyUse, KeyUsed | Exception],
+    ) -> None:
+        self._database = database
+        self._holds = holds
+        self._settlements = settlements
+        self._key_uses = key_uses
+
+    async def place(self, request: HoldRequest) -> HoldAnswer:
+        """Set credits aside, or say why not. The same `request_id` of a user gets its first hold again."""
+        return await self._holds.submit(request)
+
+    async def settle(self, settlement: Settlement) -> Settled:
+        """Charge a ticket, once. Raises `HoldNotFound`, and `RecordConflict` for other contents."""
+        return _raised(await self._settlements.submit(settlement))
+
+    async def record_key_use(self, use: KeyUse) -> KeyUsed:
+        """Record the use of an own key, once. Raises `RecordConflict` for other contents."""
+        return _raised(await self._key_uses.submit(use))
+
+    async def balance(self, user_id: str) -> Balance:
+        """The user's credits now; zero for a user without an account."""
+        row = await self._database.fetchrow(_BALANCE, user_id)
+        if row is None:
+            return Balance(balance_micros=0, held_micros=0)
+        return Balance(balance_micros=row["balance_micros"], held_micros=row["held_micros"])
+
+    async def expire_holds(self, *, at_most: int = 1000) -> int:
+        """Release holds that have run out by the database's clock; how many."""
+        return int(await self._database.fetchval(_EXPIRE, at_most))
+
+    async def forget(self, *, at_most: int = 1000) -> int:
+        """Delete closed holds after their 30 days, and spent redemptions; how many."""
+        return int(await self._database.fetchval(_FORGET, at_most))
+
+
+async def grant_credits(
+    database: Database, *, user_id: str, amount_micros: int, request_id: str | None, description: str
+) -> Balance:
+    """Add credits, once for each `request_id` of the user; the balance after it, in micro-USD.
+
+    Raises `UserNotFound` and `StoreUnavailable`.
+    """
+    try:
+        row = await database.fetchrow(_GRANT, new_id(), user_id, amount_micros, request_id, description)
+    except asyncpg.ForeignKeyViolationError:
+        raise UserNotFound(user_id) from None
+    if row is None:
+        raise RuntimeError("keyturn_grant_credits gave no row")
+    return Balance(balance_micros=row["balance_micros"], held_micros=0)
+
+
+@asynccontextmanager
+async def open_ledger(
+    database: Database, *, on_group: Callable[[str, int], None] = lambda kind, size: None
+) -> AsyncIterator[Ledger]:
+    """A ledger; at the end of the block what is queued is carried out first."""
+
+    async def place(requests: Sequence[HoldRequest]) -> list[HoldAnswer | Again]:
+        rows = await database.fetch(_PLACE, [_hold_row(request) for request in requests])
+        return [_hold_answer(row) for row in rows]
+
+    async def settle(settlements: Sequence[Settlement]) -> list[Settled | Exception | Again]:
+        rows = await database.fetch(_SETTLE, [_settlement_row(one) for one in settlements])
+        return [_settled(row) for row in rows]
+
+    async def record(uses: Sequence[KeyUse]) -> list[KeyUsed | Exception | Again]:
+        rows = await database.fetch(_RECORD, [_key_use_row(use) for use in uses])
+        return [_key_used(row) for row in rows]
+
+    def group(kind: str, run: Any, *, keep_cancelled: bool) -> Group[Any, Any]:
+        return Group(
+            run,
+            most=_MOST_IN_A_GROUP,
+            keep_cancelled=keep_cancelled,
+            on_group=lambda size: on_group(kind, size),
+        )
+
+    async with AsyncExitStack() as stack:
+        yield Ledger(
+            database,
+            holds=await stack.enter_async_context(group("hold", place, keep_cancelled=False)),
+            settlements=await stack.enter_async_context(group("settle", settle, keep_cancelled=True)),
+            key_uses=await stack.enter_async_context(group("key_use", record, keep_cancelled=True)),
+        )
+
+
+def _raised(result: T | Exception) -> T:
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _hold_row(request: HoldRequest) -> tuple[Any, ...]:
+    return (
+        request.id,
+        request.user_id,
+        request.request_id,
+        request.provider,
+        request.model,
+        request.service_type,
+        request.amount_micros,
+        request.ttl,
+    )
+
+
+def _hold_answer(row: asyncpg.Record) -> HoldAnswer | Again:
+    if row["status"] == "again":
+        return AGAIN
+    return HoldAnswer(
+        status=HoldStatus(row["status"]),
+        id=row["hold_id"],
+        amount_micros=row["amount_micros"],
+        available_micros=row["available_micros"],
+        created_at=row["created_at"],
+        expires_at=row["expires_at"],
+        provider=row["provider"],
+        model=row["model"],
+        service_type=row["service_type"],
+    )
+
+
+def _settlement_row(settlement: Settlement) -> tuple[Any, ...]:
+    report = settlement.report
+    return (
+        settlement.hold_id,
+        settlement.user_id,
+        settlement.charge_micros,
+        settlement.cost_source.value,
+        report.outcome.value,
+        report.model,
+        report.endpoint,
+        *_usage_columns(report),
+        report.http_status,
+        _milliseconds(report),
+        report.error_message or None,
+        settlement.fingerprint,
+    )
+
+
+def _settled(row: asyncpg.Record) -> Settled | Exception | Again:
+    match row["status"]:
+        case "again":
+            return AGAIN
+        case "unknown":
+            return HoldNotFound()
+        case "conflict":
+            return RecordConflict()
+    return Settled(
+        charged_micros=row["charged_micros"],
+        released_micros=row["released_micros"],
+        balance_micros=row["balance_micros"],
+        cost_source=CostSource(row["cost_source"]),
+        replayed=row["status"] == "replayed",
+    )
+
+
+def _key_use_row(use: KeyUse) -> tuple[Any, ...]:
+    report = use.report
+    return (
+        use.id,
+        use.user_id,
+        use.key_id,
+        use.key_revision,
+        use.provider,
+        use.model,
+        use.service_type,
+        report.endpoint,
+        report.outcome.value,
+        *_usage_columns(report),
+        use.cost_micros,
+        use.cost_source.value,
+        report.http_status,
+        _milliseconds(report),
+        report.error_message or None,
+        use.cooldown,
+        use.is_late,
+        use.fingerprint,
+    )
+
+
+def _key_used(row: asyncpg.Record) -> KeyUsed | Exception | Again:
+    match row["status"]:
+        case "again":
+            return AGAIN
+        case "conflict":
+            return RecordConflict()
+    return KeyUsed(
+        cost_source=CostSource(row["cost_source"]),
+        key_state=KeyState(row["key_state"]),
+        replayed=row["status"] == "replayed",
+    )
+
+
+def _usage_columns(report: Report) -> tuple[int | None, ...]:
+    usage = report.usage
+    if usage is None:
+        return (None,) * 5
+    return (
+        usage.input_tokens,
+        usage.output_tokens,
+        usage.cache_read_tokens,
+        usage.cache_write_tokens,
+        usage.total,
+    )
+
+
+def _milliseconds(report: Report) -> int | None:
+    return None if report.response_time is None else round(report.response_time.total_seconds() * 1000)

@@ -1,0 +1,106 @@
+"""Migrations: the numbered SQL files beside this module, applied in order, each once."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from keyturn_server.errors import KeyturnFault, StoreUnavailable
+from keyturn_server.store.database import is_unavailable
+
+if TYPE_CHECKING:
+    from keyturn_server.store.database import Connection
+
+# The same for every sidecar; the number means nothing else.
+_ADVISORY_LOCK = 0x6B657974_75726E00
+
+_CREATE = """
+CREATE TABLE IF NOT EXISTS schema_migrations (
+    version    integer PRIMARY KEY,
+    name       text NOT NULL,
+    checksum   text NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
+)"""
+_APPLIED = "SELECT version, name, checksum FROM schema_migrations ORDER BY version"
+_INSERT = "INSERT INTO schema_migrations (version, name, checksum) VALUES ($1, $2, $3)"
+
+
+class MigrationError(KeyturnFault):
+    """The database is not what the migrations say; the message names the migration and the way out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migration:
+    """One numbered file of SQL."""
+
+    version: int
+    name: str
+    sql: str
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the SQL, in hex."""
+        return hashlib.sha256(self.sql.encode()).hexdigest()
+
+
+def shipped_migrations() -> tuple[Migration, ...]:
+    """The migrations of this release, in order."""
+    found = [
+        Migration(version=int(match[1]), name=match[2], sql=file.read_text("utf-8"))
+        for file in resources.files("keyturn_server.store").joinpath("migrations").iterdir()
+        if (match := re.fullmatch(r"(\d{4})_(\w+)\.sql", file.name))
+    ]
+    return tuple(sorted(found, key=lambda migration: migration.version))
+
+
+async def migrate(dsn: str, migrations: Sequence[Migration] | None = None) -> list[Migration]:
+    """Bring the database at `dsn` up to date; what was applied comes back.
+
+    Each migration is one transaction, and all run under an advisory lock: any number of sidecars may
+    start at once. Raises `MigrationError` when an applied migration differs from the shipped one or
+    is newer than this release, and `StoreUnavailable` when the database cannot be reached.
+    """
+    try:
+        connection = await asyncpg.connect(dsn, timeout=10)
+        try:
+            return await _migrate(connection, shipped_migrations() if migrations is None else migrations)
+        finally:
+            await connection.close(timeout=5)
+    except Exception as error:
+        if is_unavailable(error):
+            raise StoreUnavailable from error
+        raise
+
+
+async def _migrate(connection: Connection, migrations: Sequence[Migration]) -> list[Migration]:
+    # Held by the session: it is let go when the connection closes, however that comes about.
+    await connection.execute("SELECT pg_advisory_lock($1)", _ADVISORY_LOCK)
+    await connection.execute(_CREATE)
+    applied = {row["version"]: row for row in await connection.fetch(_APPLIED)}
+    newest = max((migration.version for migration in migrations), default=0)
+    if ahead := [version for version in applied if version > newest]:
+        raise MigrationError(
+            f"The database has migration {max(ahead)}, which this release does not know: "
+            "it was migrated by a newer release. Run that release."
+        )
+    done = []
+    for migration in migrations:
+        if (row := applied.get(migration.version)) is not None:
+            if row["checksum"] != migration.checksum:
+                raise MigrationError(
+                    f"Migration {migration.version} ({migration.name}) was applied with other contents "
+                    "than this release ships. An applied migration is never edited: restore the file, "
+                    "or start from a backup."
+                )
+            continue
+        async with connection.transaction():
+            await connection.execute(migration.sql)
+            await connection.execute(_INSERT, migration.version, migration.name, migration.checksum)
+        done.append(migration)
+    return done

@@ -1,0 +1,121 @@
+"""The push: a LISTEN connection of its own, which proves itself with a heartbeat.
+
+The connection notifies itself through the server. When its own beat does not come back in time, the
+connection is dropped and everything cached is treated as expired, until a new one listens: then
+everything is read anew. So a connection that was cut, killed, or silently lost leaves nothing stale
+for longer than one interval and one timeout of the beat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+import asyncpg
+
+from keyturn_server.store.database import is_unavailable
+
+if TYPE_CHECKING:
+    from keyturn_server.store.database import Connection
+
+_CHANNEL = "keyturn"
+
+
+class Log(Protocol):
+    """The part of a structlog logger that is used here."""
+
+    def info(self, event: str, **values: Any) -> Any: ...
+    def warning(self, event: str, **values: Any) -> Any: ...
+
+
+class Push:
+    """Listens for as long as `run` runs. Callbacks run in its task, one at a time, in order."""
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        beat: timedelta,
+        beat_timeout: timedelta,
+        on_up: Callable[[], Awaitable[None]],
+        on_down: Callable[[], Awaitable[None]],
+        on_change: Callable[[str], Awaitable[None]],
+        log: Log,
+    ) -> None:
+        self._dsn = dsn
+        self._beat_seconds = beat.total_seconds()
+        self._timeout_seconds = beat_timeout.total_seconds()
+        self._on_up = on_up
+        self._on_down = on_down
+        self._on_change = on_change
+        self._log = log
+        # A channel of its own: the beats of others are not heard.
+        self._beat_channel = f"keyturn_beat_{secrets.token_hex(8)}"
+
+    async def run(self) -> None:
+        """Listen until cancelled; connect again whenever the connection is lost."""
+        pause_seconds = 0.05
+        while True:
+            try:
+                async with asyncio.timeout(self._timeout_seconds):
+                    connection = await asyncpg.connect(
+                        self._dsn,
+                        timeout=self._timeout_seconds,
+                        server_settings={"application_name": "keyturn push"},
+                    )
+            except Exception as error:
+                if not is_unavailable(error) and not isinstance(error, asyncpg.PostgresError):
+                    raise
+                self._log.warning("push_unreachable", error=type(error).__name__)
+                await asyncio.sleep(pause_seconds)
+                pause_seconds = min(pause_seconds * 2, 1.0)
+                continue
+            pause_seconds = 0.05
+            try:
+                await self._listen(connection)
+            except Exception as error:
+                if not is_unavailable(error) and not isinstance(error, asyncpg.PostgresError):
+                    raise
+                self._log.warning("push_lost", error=type(error).__name__)
+            finally:
+                connection.terminate()
+                await self._on_down()
+
+    async def _listen(self, connection: Connection) -> None:
+        changes: asyncio.Queue[str | None] = asyncio.Queue()
+        heard = asyncio.Event()
+
+        def changed(connection: Any, pid: int, channel: str, payload: object) -> None:
+            changes.put_nowait(str(payload))
+
+        def beaten(connection: Any, pid: int, channel: str, payload: object) -> None:
+            heard.set()
+
+        connection.add_termination_listener(lambda connection: changes.put_nowait(None))
+        async with asyncio.timeout(self._timeout_seconds):
+            await connection.add_listener(_CHANNEL, changed)
+            await connection.add_listener(self._beat_channel, beaten)
+        # What changed before we listened is not announced: only what is read from here on counts.
+        await self._on_up()
+        self._log.info("push_up")
+        loop = asyncio.get_running_loop()
+        next_beat = loop.time()
+        while True:
+            if (wait_seconds := next_beat - loop.time()) <= 0:
+                heard.clear()
+                async with asyncio.timeout(self._timeout_seconds):
+                    await connection.execute(f'NOTIFY "{self._beat_channel}"')
+                    await heard.wait()
+                next_beat = loop.time() + self._beat_seconds
+                continue
+            try:
+                async with asyncio.timeout(wait_seconds):
+                    change = await changes.get()
+            except TimeoutError:
+                continue
+            if change is None:
+                raise asyncpg.ConnectionDoesNotExistError("the server ended the connection")
+            await self._on_change(change)

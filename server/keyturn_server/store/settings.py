@@ -1,0 +1,80 @@
+"""What is set for everyone: the rows that `Configuration` is made of, and the roots of tokens."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from keyturn_server.configuration import Configuration, Provider, Tier
+from keyturn_server.keys.tokens import TokenRoot
+from keyturn_server.prices import PriceOverride
+from keyturn_server.routing.model import Flags
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    from keyturn_server.store.database import Database
+
+_FLAGS = "SELECT key, is_enabled, min_tier FROM feature_flags WHERE key = ANY ($1)"
+_TIERS = "SELECT name, rank, requests_per_minute, requests_per_day FROM subscription_tiers"
+_PROVIDERS = "SELECT id, is_enabled, base_url, auth_header, auth_prefix FROM api_providers"
+_PRICES = """
+SELECT provider, model, input_micros_per_mtok, output_micros_per_mtok, cache_read_micros_per_mtok,
+       cache_write_micros_per_mtok
+  FROM model_prices
+"""
+_ROOTS = "SELECT id, secret FROM token_roots ORDER BY created_at DESC, id"
+_FIRST_ROOT = """
+INSERT INTO token_roots (id, secret) SELECT $1, $2 WHERE NOT EXISTS (SELECT FROM token_roots)
+"""
+# Two sidecars starting at once: the second sees the first one's root.
+_LOCK_ROOTS = "LOCK TABLE token_roots IN SHARE ROW EXCLUSIVE MODE"
+
+_FLAG_KEYS = ("byok_enabled", "byok_uses_internal_credits", "byok_only_mode")
+
+
+async def load_configuration(database: Database) -> Configuration:
+    """Everything that is set for everyone, as of one moment. Raises `StoreUnavailable`."""
+    async with (
+        database.connection() as connection,
+        connection.transaction(isolation="repeatable_read", readonly=True),
+    ):
+        flags = {row["key"]: row for row in await connection.fetch(_FLAGS, _FLAG_KEYS)}
+        tiers = [Tier(**row) for row in await connection.fetch(_TIERS)]
+        providers = [Provider(**row) for row in await connection.fetch(_PROVIDERS)]
+        prices = [PriceOverride(**row) for row in await connection.fetch(_PRICES)]
+    return Configuration(
+        flags=_flags(flags),
+        flags_missing=frozenset(_FLAG_KEYS) - flags.keys(),
+        tiers={tier.name: tier for tier in tiers},
+        tier_ranks={tier.name: tier.rank for tier in tiers},
+        providers={provider.id: provider for provider in providers},
+        prices={(price.provider, price.model): price for price in prices},
+    )
+
+
+def _flags(rows: dict[str, asyncpg.Record]) -> Flags:
+    default = Flags()
+    byok = rows.get("byok_enabled")
+    credits_first = rows.get("byok_uses_internal_credits")
+    only = rows.get("byok_only_mode")
+    return Flags(
+        byok_enabled=byok["is_enabled"] if byok else default.byok_enabled,
+        min_tier=(byok["min_tier"] if byok else None) or default.min_tier,
+        byok_uses_internal_credits=(
+            credits_first["is_enabled"] if credits_first else default.byok_uses_internal_credits
+        ),
+        byok_only_mode=only["is_enabled"] if only else default.byok_only_mode,
+    )
+
+
+async def load_token_roots(database: Database) -> list[TokenRoot]:
+    """The roots that handles and tickets are sealed under, the newest first; the first sidecar on a
+    database makes one. Raises `StoreUnavailable`."""
+    async with database.connection() as connection:
+        if not (rows := await connection.fetch(_ROOTS)):
+            async with connection.transaction():
+                await connection.execute(_LOCK_ROOTS)
+                await connection.execute(_FIRST_ROOT, os.urandom(4), os.urandom(32))
+            rows = await connection.fetch(_ROOTS)
+    return [TokenRoot(id=row["id"], secret=row["secret"]) for row in rows]

@@ -1,0 +1,182 @@
+"""What tests stand on: a real sidecar over a real socket on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import secrets
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+
+from keyturn.v1 import routing_service_pb2 as pb
+from keyturn.v1 import routing_service_pb2_grpc
+from keyturn_server.app import sidecar
+from keyturn_server.settings import Settings
+
+T = TypeVar("T")
+
+MASTER_KEY = "3f8a1c5e7b9d2046a8c0e2f4163758b9da7c1e3f5b0924867dacbe1f30527496"
+
+
+@asynccontextmanager
+async def in_own_task(manager: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
+    """Enters and leaves `manager` in one task: a fixture's two halves run in two."""
+    entered: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    leave = asyncio.Event()
+
+    async def hold() -> None:
+        try:
+            async with manager as value:
+                entered.set_result(value)
+                await leave.wait()
+        except BaseException as error:
+            if not entered.done():
+                entered.set_exception(error)
+            else:
+                raise
+
+    task = asyncio.create_task(hold())
+    try:
+        yield await entered
+    finally:
+        leave.set()
+        await task
+
+
+@asynccontextmanager
+async def temporary_directory() -> AsyncIterator[Path]:
+    """A short path under /tmp that another user may enter: for sockets, and PostgreSQL under root."""
+    path = Path(tempfile.mkdtemp(prefix="kt-", dir="/tmp"))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+class Fault(Exception):  # noqa: N818 - the word of the design
+    """A call that ended with another status than OK."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, status: status_pb2.Status | None) -> None:
+        super().__init__(f"{code.name}: {message}")
+        self.code = code
+        self.message = message
+        self.details = [] if status is None else list(status.details)
+
+
+@dataclass(kw_only=True)
+class Sidecar:
+    """A running sidecar, as a gateway sees it. Remembers what was acknowledged, for the invariants."""
+
+    address: str
+    channel: grpc.aio.Channel
+    log: io.StringIO
+    settings: Settings
+    acknowledged: list[str] = field(default_factory=list)
+
+    @property
+    def routing(self) -> Any:
+        """The bare stub."""
+        return routing_service_pb2_grpc.RoutingServiceStub(self.channel)
+
+    async def call(self, method: str, request: Any, **options: Any) -> Any:
+        """One call. Raises `Fault`."""
+        try:
+            answer = await getattr(self.routing, method)(request, timeout=30, **options)
+        except grpc.aio.AioRpcError as error:
+            raise Fault(error.code(), error.details() or "", rpc_status.from_call(error)) from None
+        if method == "Record":
+            self.acknowledged.append(answer.record_id)
+        elif method == "BatchRecord":
+            self.acknowledged += [
+                one.response.record_id for one in answer.results if one.HasField("response")
+            ]
+        return answer
+
+    async def decide(self, user_id: str, provider: str = "openai", **fields: Any) -> pb.DecideResponse:
+        answer: pb.DecideResponse = await self.call(
+            "Decide", pb.DecideRequest(user_id=user_id, provider=provider, **fields)
+        )
+        return answer
+
+    async def record(
+        self, decision: pb.DecideResponse | str, outcome: int, **fields: Any
+    ) -> pb.RecordResponse:
+        """Records the outcome of a decision, or of a handle or ticket."""
+        if isinstance(decision, str):
+            settles = {"key_handle" if decision.startswith("kth") else "credit_ticket": decision}
+        elif decision.WhichOneof("route") == "key":
+            settles = {"key_handle": decision.key.handle}
+        else:
+            settles = {"credit_ticket": decision.ticket.ticket}
+        answer: pb.RecordResponse = await self.call(
+            "Record",
+            pb.RecordRequest(outcome=outcome, **settles, **fields),  # type: ignore[arg-type]
+        )
+        return answer
+
+
+def make_settings(dsn: str, address: str, **changes: Any) -> Settings:
+    """Settings for a test's sidecar, with nothing from the environment."""
+    values: dict[str, Any] = {
+        "database_url": dsn,
+        "embedded": None,
+        "listen": (address,),
+        "encryption_key": MASTER_KEY,
+        "encryption_keys_retired": None,
+        **changes,
+    }
+    return Settings(**values)
+
+
+def log_into(stream: io.StringIO) -> Any:
+    """A logger of JSON lines into `stream`, with the sidecar's own scrubber last."""
+    from keyturn_server.logs import scrub_event
+
+    return structlog.wrap_logger(
+        structlog.PrintLogger(stream),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.dict_tracebacks,
+            scrub_event,
+            structlog.processors.JSONRenderer(),
+        ],
+    )
+
+
+@asynccontextmanager
+async def running_sidecar(dsn: str, **changes: Any) -> AsyncIterator[Sidecar]:
+    """A sidecar of this process on a Unix socket of its own, and a channel to it."""
+    async with temporary_directory() as directory:
+        address = f"unix:{directory}/run/{secrets.token_hex(4)}.sock"
+        settings = make_settings(dsn, address, **changes)
+        log = io.StringIO()
+        async with (
+            in_own_task(sidecar(settings, log=log_into(log))) as addresses,
+            # A channel of its own for each: gRPC shares connections between channels that look alike.
+            grpc.aio.insecure_channel(
+                addresses[0], options=[("grpc.use_local_subchannel_pool", 1)]
+            ) as channel,
+        ):
+            yield Sidecar(address=addresses[0], channel=channel, log=log, settings=settings)
+
+
+async def eventually(check: Any, *, seconds: float = 20) -> Any:
+    """What `check` comes to once it is true. A limit, not a measurement."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while True:
+        if result := await check():
+            return result
+        if asyncio.get_running_loop().time() > deadline:
+            raise AssertionError("not within the limit")
+        await asyncio.sleep(0.02)
