@@ -10,7 +10,7 @@ STRUCK: Final = "***"
 _SECRETS: Final = re.compile(
     r"""
       (?P<scheme> \b(?:bearer|basic) \s+ ) [^\s"',;]+                            # Authorization values
-    | \b(?:sk|pk|rk|gsk|xai|pplx|key|api)[-_][A-Za-z0-9_*.\-]{6,}               # providers' keys, masked too
+    | \b(?:sk|pk|rk|gsk|xai|pplx)[-_][A-Za-z0-9_*.\-]{6,}               # providers' keys, masked too
     | \bAIza[A-Za-z0-9_-]{10,}                                                  # Google's
     | \bkt[ht]\d_[A-Za-z0-9_-]+                                                 # our handles and tickets
     | \bv1\.[0-9a-f]{16}\.[A-Za-z0-9_-]+                                        # our ciphertexts
