@@ -87,7 +87,7 @@ async def _shown(console: Console, *, stays: bool = False) -> AsyncIterator[None
         # Under /tmp whatever TMPDIR says: a Unix socket's path is short.
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="keyturn-", dir="/tmp")))
         # Where we are root, PostgreSQL runs as another user, who must come by here.
-        os.chmod(directory, 0o711)  # noqa: PTH101 - Path.chmod is no more asynchronous
+        os.chmod(directory, 0o711)  # noqa: S103, PTH101 - Path.chmod would block no less
         console.print("Starting PostgreSQL and the sidecar …", style="dim")
         postgres = await stack.enter_async_context(EmbeddedPostgres(directory / "pg", log=log))
         settings = Settings(
@@ -178,8 +178,9 @@ async def _decide_in_every_mode(console: Console, database: Database, client: As
 async def _until_in_force(client: AsyncClient, mode: Mode) -> None:
     """The push has a change on every sidecar within a second; here we see it arrive."""
     async with asyncio.timeout(_LIMIT.total_seconds()):
-        while (await client.explain(user_id="neither", provider="openai")).decision.mode is not mode:
-            await asyncio.sleep(0.01)
+        explained = await client.explain(user_id="neither", provider="openai")
+        while explained.decision.mode is not mode:
+            explained = await client.explain(user_id="neither", provider="openai")
 
 
 def _in_words(decision: Decision) -> tuple[str, str, str]:
