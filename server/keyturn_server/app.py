@@ -13,6 +13,7 @@ from typing import Any, Self
 from keyturn_server.configuration import Configuration
 from keyturn_server.decide import Decider
 from keyturn_server.errors import KeyturnFault, StoreUnavailable
+from keyturn_server.explain import Explainer
 from keyturn_server.freshness import PushedCache
 from keyturn_server.keys.envelope import Unreadable
 from keyturn_server.keys.keyring import Keyring
@@ -283,19 +284,30 @@ def _routing_service(
             reported.add((user_id, str(key.id)))
             log.error("key_unreadable", user_id=user_id, key_id=str(key.id), cause=str(error))
 
+    limits = RateLimits(WindowStorage(max_windows=_MAX_WINDOWS))
+    decider = Decider(
+        configurations=configurations,
+        profiles=profiles,
+        holds=ledger,
+        limits=limits,
+        keyring=keyring,
+        sealer=sealer,
+        prices=prices,
+        default_hold_micros=settings.default_hold_micros,
+        default_ttl=settings.hold_ttl,
+        clock=now,
+        on_unreadable=unreadable,
+    )
     return RoutingService(
-        decider=Decider(
+        decider=decider,
+        explainer=Explainer(
+            decider,
             configurations=configurations,
             profiles=profiles,
             holds=ledger,
-            limits=RateLimits(WindowStorage(max_windows=_MAX_WINDOWS)),
+            limits=limits,
             keyring=keyring,
-            sealer=sealer,
-            prices=prices,
-            default_hold_micros=settings.default_hold_micros,
-            default_ttl=settings.hold_ttl,
             clock=now,
-            on_unreadable=unreadable,
         ),
         recorder=Recorder(
             configurations=configurations,

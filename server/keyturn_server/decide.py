@@ -1,4 +1,4 @@
-"""Decide: whose credential pays for this request? And Explain: why?
+"""Decide: whose credential pays for this request?
 
 A decision reads the cached configuration and profile, asks the pure policy for a plan, and asks the
 ledger for a hold only where credits stand first in it. The own-key path touches no database.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Protocol
 from uuid import UUID
 
 from keyturn.secret import Secret
@@ -35,11 +35,11 @@ from keyturn_server.routing.model import (
     Verdict,
     World,
 )
-from keyturn_server.routing.policy import choose_route, conclude, is_eligible
+from keyturn_server.routing.policy import choose_route, conclude
 from keyturn_server.routing.reasons import DENIALS, RETRYABLE, SENTENCES, SUGGESTIONS
 
 # Holds end when requests do: there is no telling when, only that it is soon.
-_IN_FLIGHT_RETRY = timedelta(seconds=1)
+IN_FLIGHT_RETRY = timedelta(seconds=1)
 
 
 class Configurations(Protocol):
@@ -125,15 +125,6 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One step on the way to a decision, for people."""
-
-    check: str
-    result: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
 class _CreditsAnswer:
     """What came of asking for credits: the hold, or how long to wait."""
 
@@ -182,10 +173,10 @@ class Decider:
         `UserNotFound`, `RequestIdReused` and `StoreUnavailable`.
         """
         configuration = await self._configurations.get()
-        provider = _provider(configuration, ask)
+        provider = provider_of(configuration, ask)
         profile = await self._profiles.get(ask.user_id)
         now = self._clock()
-        plan, key, secret = self._plan(ask, configuration, provider, profile, now)
+        plan, key, secret = self.plan(ask, configuration, provider, profile, now)
 
         answer = None
         if plan.paths and plan.paths[0] is Path.CREDITS:
@@ -196,11 +187,11 @@ class Decider:
             return self._own_key(ask, plan, verdict, provider, key, secret, now)
         if verdict.path is Path.CREDITS and answer is not None and answer.hold is not None:
             return self._ticket(ask, plan, verdict, answer.hold)
-        return self._denial(plan, verdict, answer.retry_after if answer else None, now)
+        return self.denial(plan, verdict, answer.retry_after if answer else None, now)
 
     # -- the plan ---------------------------------------------------------------------------------
 
-    def _plan(
+    def plan(
         self,
         ask: Ask,
         configuration: Configuration,
@@ -210,7 +201,7 @@ class Decider:
     ) -> tuple[Plan, StoredKey | None, Secret | None]:
         """The plan, and the key it stands on, opened: a key that does not open is not usable."""
         stored = profile.keys_for(ask.provider)
-        refused = self._refused_keys(ask)
+        refused = self.refused_keys(ask)
         world = World(
             flags=configuration.flags,
             tier=profile.tier,
@@ -246,7 +237,7 @@ class Decider:
                     ),
                 )
 
-    def _refused_keys(self, ask: Ask) -> frozenset[tuple[UUID, int]]:
+    def refused_keys(self, ask: Ask) -> frozenset[tuple[UUID, int]]:
         """The keys that the caller says the provider refused, with the revision it was told of."""
         claims = [self._sealer.open_handle(handle) for handle in ask.failed_key_handles]
         for index, claim in enumerate(claims):
@@ -259,7 +250,7 @@ class Decider:
     async def _ask_credits(
         self, ask: Ask, configuration: Configuration, profile: Profile, plan: Plan, now: datetime
     ) -> _CreditsAnswer:
-        amount_micros = self._hold_micros(ask, configuration, now)
+        amount_micros = self.hold_micros(ask, configuration, now)
         hit = await self._limits.hit(ask.user_id, configuration.tier_of(profile.tier))
         if isinstance(hit, Limited):
             # The limit is on using credits: where they are short anyway, the own key is next in line.
@@ -291,13 +282,14 @@ class Decider:
             case HoldStatus.INSUFFICIENT:
                 return _CreditsAnswer(Credits.INSUFFICIENT)
             case HoldStatus.IN_FLIGHT:
-                return _CreditsAnswer(Credits.IN_FLIGHT, retry_after=_IN_FLIGHT_RETRY)
+                return _CreditsAnswer(Credits.IN_FLIGHT, retry_after=IN_FLIGHT_RETRY)
             case HoldStatus.REPLAYED if hold.provider != ask.provider:
                 raise RequestIdReused(hold.provider)
             case HoldStatus.PLACED | HoldStatus.REPLAYED:
                 return _CreditsAnswer(Credits.HELD, hold=hold)
 
-    def _hold_micros(self, ask: Ask, configuration: Configuration, now: datetime) -> int:
+    def hold_micros(self, ask: Ask, configuration: Configuration, now: datetime) -> int:
+        """What the request holds on the credits path, in micro-USD: its estimate, else the default."""
         if ask.cost_micros is not None:
             return ask.cost_micros
         if ask.tokens is not None:
@@ -378,7 +370,7 @@ class Decider:
             ),
         )
 
-    def _denial(self, plan: Plan, verdict: Verdict, retry_after: timedelta | None, now: datetime) -> Decision:
+    def denial(self, plan: Plan, verdict: Verdict, retry_after: timedelta | None, now: datetime) -> Decision:
         reason = verdict.denial
         if reason is None:
             raise RuntimeError(f"a verdict with neither path nor denial: {verdict}")
@@ -399,191 +391,15 @@ class Decider:
             ),
         )
 
-    # -- explain ----------------------------------------------------------------------------------
-
-    async def explain(self, ask: Ask) -> tuple[Decision, list[Step]]:
-        """What `decide` would answer now, and the way to it. No hold, no rate-limit hit, no secret.
-
-        Raises what `decide` raises, but for `RequestIdReused`: no request id is looked up.
-        """
-        configuration = await self._configurations.get()
-        provider = _provider(configuration, ask)
-        profile = await self._profiles.get(ask.user_id)
-        now = self._clock()
-        plan, key, _ = self._plan(ask, configuration, provider, profile, now)
-        amount_micros = self._hold_micros(ask, configuration, now)
-        balance = await self._holds.balance(ask.user_id)
-        limited = await self._limits.peek(ask.user_id, configuration.tier_of(profile.tier))
-
-        answer = None
-        if plan.paths and plan.paths[0] is Path.CREDITS:
-            answer = _credits_now(balance, amount_micros, limited, plan)
-        verdict = conclude(plan, answer)
-        decision = self._explained(plan, verdict, provider, key, amount_micros, balance, limited, now)
-        steps = [
-            *_flag_steps(configuration),
-            Step("mode", plan.mode.value, "What the three flags make together."),
-            Step("provider", "enabled" if provider.is_enabled else "disabled", provider.id),
-            *_tier_steps(configuration, profile),
-            *self._key_steps(ask, profile, now),
-            Step(
-                "credits",
-                "enough" if balance.available_micros >= amount_micros else "short",
-                f"Balance {_usd(balance.balance_micros)}, held {_usd(balance.held_micros)}, "
-                f"available {_usd(balance.available_micros)}; this request holds {_usd(amount_micros)}.",
-            ),
-            Step(
-                "rate limit",
-                "reached" if limited else "room",
-                f"On the credits path; again in {limited.retry_after.total_seconds():.0f} s."
-                if limited
-                else "On the credits path.",
-            ),
-            *(
-                Step(f"path {path.value}", "tried" if path in plan.paths else "out", _why(plan, path))
-                for path in Path
-            ),
-            Step("route", verdict.path.value if verdict.path else "denied", decision.message),
-        ]
-        return decision, steps
-
-    def _explained(
-        self,
-        plan: Plan,
-        verdict: Verdict,
-        provider: Provider,
-        key: StoredKey | None,
-        amount_micros: int,
-        balance: Balance,
-        limited: Limited | None,
-        now: datetime,
-    ) -> Decision:
-        if verdict.path is None:
-            waits = {
-                DenialReason.RATE_LIMITED: limited.retry_after if limited else None,
-                DenialReason.HOLDS_IN_FLIGHT: _IN_FLIGHT_RETRY,
-            }
-            denial = verdict.denial
-            return self._denial(plan, verdict, waits.get(denial) if denial else None, now)
-        route: KeyRoute | TicketRoute
-        if verdict.path is Path.OWN_KEY and key is not None:
-            route = KeyRoute(
-                handle="",
-                key_id=key.id,
-                hint=key.hint,
-                secret=None,
-                provider=provider,
-                expires_at=now,
-            )
-        else:
-            route = TicketRoute(
-                ticket="",
-                hold_micros=amount_micros,
-                available_micros=balance.available_micros - amount_micros,
-                expires_at=now,
-            )
-        return Decision(
-            id=new_id(),
-            mode=plan.mode,
-            reason=verdict.reason,
-            message=SENTENCES[verdict.reason],
-            replayed=False,
-            route=route,
-        )
-
-    def _key_steps(self, ask: Ask, profile: Profile, now: datetime) -> list[Step]:
-        stored = profile.keys_for(ask.provider)
-        if not stored:
-            return [Step("keys", "none", f"The user has no key for {ask.provider}.")]
-        refused = self._refused_keys(ask)
-        return [Step(f"key {key.id}", *self._key_result(ask, key, refused, now)) for key in stored]
-
-    def _key_result(
-        self, ask: Ask, key: StoredKey, refused: frozenset[tuple[UUID, int]], now: datetime
-    ) -> tuple[str, str]:
-        shown = f"Label {key.label!r}, priority {key.priority}, ending in {key.hint!r}."
-        if not key.is_active:
-            return "inactive", f"Switched off. {shown}"
-        if not key.is_valid:
-            return "invalid", f"The provider refused it. {shown}"
-        if (key.id, key.revision) in refused:
-            return "refused", f"Among the failed_key_handles of this request. {shown}"
-        if key.cooldown_until is not None and key.cooldown_until > now:
-            return "cooling down", f"Until {key.cooldown_until.isoformat()}. {shown}"
-        if self._keyring is None:
-            return "sealed", f"This sidecar has no ENCRYPTION_KEY. {shown}"
-        try:
-            open_key(self._keyring, ask.user_id, key)
-        except Unreadable as error:
-            return "unreadable", f"{error} {shown}"
-        return ("usable" if key.is_verified else "usable, unverified"), shown
-
 
 def open_key(keyring: Keyring, user_id: str, key: StoredKey) -> Secret:
     """The secret of a stored key. Raises `Unreadable`."""
     return open_sealed(keyring, key.ciphertext, user_id=user_id, provider=key.provider, row_id=key.id)
 
 
-def _provider(configuration: Configuration, ask: Ask) -> Provider:
+def provider_of(configuration: Configuration, ask: Ask) -> Provider:
+    """The provider that is asked for. Raises `InvalidFields` for one that nobody has described."""
     provider = configuration.providers.get(ask.provider)
     if provider is None:
         raise InvalidFields(("provider", "There is no such provider in api_providers."))
     return provider
-
-
-def _credits_now(balance: Balance, amount_micros: int, limited: Limited | None, plan: Plan) -> Credits:
-    covered = balance.available_micros >= amount_micros
-    if limited and (covered or Path.OWN_KEY not in plan.paths):
-        return Credits.RATE_LIMITED
-    if covered:
-        return Credits.HELD
-    return Credits.IN_FLIGHT if balance.balance_micros >= amount_micros else Credits.INSUFFICIENT
-
-
-def _flag_steps(configuration: Configuration) -> list[Step]:
-    flags = configuration.flags
-    values: dict[str, Any] = {
-        "byok_enabled": flags.byok_enabled,
-        "byok_only_mode": flags.byok_only_mode,
-        "byok_uses_internal_credits": flags.byok_uses_internal_credits,
-    }
-    return [
-        Step(
-            f"flag {key}",
-            str(value).lower(),
-            "The default: there is no such row in feature_flags."
-            if key in configuration.flags_missing
-            else "From feature_flags.",
-        )
-        for key, value in values.items()
-    ]
-
-
-def _tier_steps(configuration: Configuration, profile: Profile) -> list[Step]:
-    world = World(
-        flags=configuration.flags,
-        tier=profile.tier,
-        tier_ranks=configuration.tier_ranks,
-        keys=(),
-    )
-    return [
-        Step(
-            "tier",
-            "eligible" if is_eligible(world) else "not eligible",
-            f"The user's tier is {profile.tier!r}; own keys are for {configuration.flags.min_tier!r} "
-            "and above.",
-        )
-    ]
-
-
-def _why(plan: Plan, path: Path) -> str:
-    out = plan.out.get(path)
-    if out is not None:
-        return f"Out: {out.value}."
-    if path in plan.paths:
-        return f"Number {plan.paths.index(path) + 1} in order."
-    return "Not part of this mode."
-
-
-def _usd(micros: int) -> str:
-    return f"{'-' if micros < 0 else ''}${abs(micros) / 1_000_000:.6f}"

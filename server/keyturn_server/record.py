@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from typing import Protocol
 from uuid import UUID
@@ -46,6 +46,9 @@ _NEVER_CHARGED = frozenset(
     }
 )
 """The provider did no work: nothing is charged, whatever else the report says."""
+
+
+_REPORT_FIELDS = tuple(field.name for field in fields(Report))
 
 
 class Books(Protocol):
@@ -201,6 +204,10 @@ def _cooldown(report: Report) -> timedelta | None:
 
 
 def _fingerprint(report: Report) -> bytes:
-    """16 bytes that stand for the whole report: the same report has the same ones."""
-    # Every value in it prints itself whole and unambiguously.
-    return hashlib.blake2b(repr(report).encode(), digest_size=16).digest()
+    """16 bytes that stand for the whole report: the same report has the same ones.
+
+    Only what was said counts, so that a field added in a later release does not change those of
+    reports without it.
+    """
+    said = [(name, value) for name in _REPORT_FIELDS if (value := getattr(report, name)) not in (None, "")]
+    return hashlib.blake2b(repr(said).encode(), digest_size=16).digest()

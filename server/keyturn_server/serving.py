@@ -18,17 +18,17 @@ from typing import Any
 
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import start_http_server
 
 from keyturn_server.errors import KeyturnFault
 from keyturn_server.metrics import Metrics
-from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Guard
+from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Context, Guard
 
 _MAX_SOCKET_PATH = 107
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_SERVING: int = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING: int = health_pb2.HealthCheckResponse.NOT_SERVING
 
 # One server an address: with SO_REUSEPORT a second one would silently take half of the calls.
 _OPTIONS = (
@@ -43,15 +43,69 @@ class AddressError(KeyturnFault):
     """An address cannot be listened on; the message names it and the way out."""
 
 
-class Health:
-    """The health of the process, of each service, and of the push."""
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its package has no types
+    """The health of the process, of each service, and of the push, as grpc.health.v1.Health.
+
+    Not the library's servicer: its watches never end, so that a drain would have to cut every call.
+    """
 
     def __init__(self) -> None:
-        self.servicer = health.aio.HealthServicer()
+        self._well: dict[str, bool] = {}
+        self._changed = asyncio.Event()
+        self.draining = asyncio.Event()
+        """Set when nothing is well any more, for good."""
 
     async def report(self, service: str, *, well: bool) -> None:
         """Tell whoever asks or watches; the empty name is the process as a whole."""
-        await self.servicer.set(service, _SERVING if well else _NOT_SERVING)
+        self._well[service] = well
+        self._tell()
+
+    def drain(self) -> None:
+        """From now on nothing is well. Watches end once they have said so."""
+        self.draining.set()
+        self._tell()
+
+    async def Check(  # noqa: N802 - gRPC's name
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        """The health of one service; NOT_FOUND for an unknown one."""
+        status = self._status(request.service)
+        if status is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service.")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def List(  # noqa: N802 - gRPC's name
+        self, request: health_pb2.HealthListRequest, context: Context
+    ) -> health_pb2.HealthListResponse:
+        """The health of everything."""
+        statuses = {name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in self._well}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
+    async def Watch(  # noqa: N802 - gRPC's name
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> None:
+        """The health of one service, and again whenever it changes."""
+        told = None
+        while True:
+            changed = self._changed
+            status = self._status(request.service)
+            if status is None:
+                status = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            if status != told:
+                await context.write(health_pb2.HealthCheckResponse(status=status))
+                told = status
+            if self.draining.is_set():
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "The sidecar is shutting down.")
+            await changed.wait()
+
+    def _status(self, service: str) -> int | None:
+        if service not in self._well:
+            return None
+        return _SERVING if self._well[service] and not self.draining.is_set() else _NOT_SERVING
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +152,7 @@ async def serving(
     """
     server = grpc.aio.server(options=_OPTIONS)
     services.add_to(server)
-    health_pb2_grpc.add_HealthServicer_to_server(services.health.servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(services.health, server)
     if with_reflection:
         channelz.add_channelz_servicer(server)
         _add_reflection(
@@ -109,6 +163,7 @@ async def serving(
                 channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
                 reflection.SERVICE_NAME,
             ),
+            services.health.draining,
         )
     with contextlib.ExitStack() as stack:
         bound = tuple([_bind(server, address) for address in addresses])
@@ -121,22 +176,12 @@ async def serving(
         try:
             yield bound
         finally:
-            # New calls are told to go elsewhere, those in flight are finished.
-            await services.health.servicer.enter_graceful_shutdown()
+            # New calls are told to go elsewhere, those in flight are finished. What never ends by
+            # itself, watches and reflection, has been told to: so this ends with the last answer.
             log.info("draining", in_flight=services.guard.in_flight)
-            await _drain(server, services.guard, drain_timeout)
+            services.health.drain()
+            await server.stop(drain_timeout.total_seconds())
             log.info("stopped")
-
-
-async def _drain(server: grpc.aio.Server, guard: Guard, timeout: timedelta) -> None:
-    grace_seconds = timeout.total_seconds()
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(server.stop(grace_seconds))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace_seconds):
-                await guard.idle()
-        # What is left never ends by itself: watches of health, streams of reflection.
-        await server.stop(0)
 
 
 async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: Any) -> None:
@@ -160,11 +205,25 @@ async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: 
             loop.remove_signal_handler(number)
 
 
-def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
+def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...], draining: asyncio.Event) -> None:
     """Reflection under its two names: the library has only v1alpha, which v1 equals on the wire."""
     servicer = reflection.aio.ReflectionServicer(services)
+
+    async def answer(requests: AsyncIterator[Any], context: Context) -> None:
+        async for response in servicer.ServerReflectionInfo(requests, context):
+            await context.write(response)
+
+    async def converse(requests: AsyncIterator[Any], context: Context) -> None:
+        """Until the client has no more questions, or we are draining."""
+        async with asyncio.TaskGroup() as tasks:
+            answering = tasks.create_task(answer(requests, context))
+            ending = tasks.create_task(draining.wait())
+            await asyncio.wait((answering, ending), return_when=asyncio.FIRST_COMPLETED)
+            answering.cancel()
+            ending.cancel()
+
     handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
+        converse,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )

@@ -46,9 +46,10 @@ _OUTCOMES = {routing_service_pb2.Outcome.Value(f"OUTCOME_{outcome.name}"): outco
 class _Fields:
     """Collects what is wrong with a message, so that the caller hears all of it."""
 
-    __slots__ = ("violations",)
+    __slots__ = ("_within", "violations")
 
-    def __init__(self) -> None:
+    def __init__(self, within: str = "") -> None:
+        self._within = within
         self.violations: list[tuple[str, str]] = []
 
     def text(self, field: str, value: str, most: int, *, required: bool = False) -> str:
@@ -82,12 +83,12 @@ class _Fields:
 
     def check(self) -> None:
         if self.violations:
-            raise InvalidFields(*self.violations)
+            raise InvalidFields(*((self._within + field, why) for field, why in self.violations))
 
 
-def ask_from(request: routing_service_pb2.DecideRequest) -> Ask:
-    """The question in a DecideRequest. Raises `InvalidFields`."""
-    fields = _Fields()
+def ask_from(request: routing_service_pb2.DecideRequest, *, within: str = "") -> Ask:
+    """The question in a DecideRequest, which stands in the field `within`. Raises `InvalidFields`."""
+    fields = _Fields(within)
     user_id = fields.text("user_id", request.user_id, MAX_ID, required=True)
     provider = fields.text("provider", request.provider, MAX_PROVIDER, required=True)
     request_id = fields.text("request_id", request.request_id, MAX_ID)
@@ -183,7 +184,9 @@ def report_from(request: routing_service_pb2.RecordRequest) -> Report:
         endpoint=endpoint,
         response_time=response_time,
         http_status=http_status,
-        error_message=scrub(_CONTROL.sub(" ", request.error_message))[:MAX_ERROR_TEXT],
+        # Cut after the secrets are struck out, so that none is cut in two; and before, so that a
+        # text of any length costs the same.
+        error_message=scrub(_CONTROL.sub(" ", request.error_message[: 8 * MAX_ERROR_TEXT]))[:MAX_ERROR_TEXT],
         retry_after=retry_after,
     )
 

@@ -7,7 +7,8 @@ from datetime import datetime, timedelta
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from keyturn.v1 import policy_pb2, routing_service_pb2
-from keyturn_server.decide import Decision, Denied, KeyRoute, Step, TicketRoute
+from keyturn_server.decide import Decision, Denied, KeyRoute, TicketRoute
+from keyturn_server.explain import Step
 from keyturn_server.ledger import CostSource, KeyState
 from keyturn_server.record import Recorded
 from keyturn_server.routing.model import DenialReason, Mode, Reason

@@ -6,7 +6,6 @@ ours, and without interceptors, which cost more than a decision does.
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
@@ -37,14 +36,8 @@ class Guard:
     def __init__(self, *, log: Log, on_call: Callable[[str, str], None]) -> None:
         self._log = log
         self._on_call = on_call
-        self._idle = asyncio.Event()
-        self._idle.set()
         self.in_flight = 0
         """Calls being answered right now."""
-
-    async def idle(self) -> None:
-        """Back when no call is being answered."""
-        await self._idle.wait()
 
     def unary(
         self,
@@ -58,7 +51,6 @@ class Guard:
 
         async def handle(body: bytes, context: Context) -> bytes:
             self.in_flight += 1
-            self._idle.clear()
             try:
                 if len(body) > max_bytes:
                     raise RequestTooLarge(len(body), max_bytes)
@@ -73,8 +65,6 @@ class Guard:
                 status = self.status(method, error)
             finally:
                 self.in_flight -= 1
-                if not self.in_flight:
-                    self._idle.set()
             self._on_call(method, _CODES[status.code])
             await context.abort_with_status(rpc_status.to_status(status))
             raise AssertionError("abort returned")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from keyturn_server.decide import Decider
+    from keyturn_server.explain import Explainer
     from keyturn_server.record import Recorder
     from keyturn_server.redeem import Redeemer
 
@@ -32,8 +33,11 @@ Answer = TypeVar("Answer")
 class RoutingService:
     """Decodes, calls, encodes."""
 
-    def __init__(self, *, decider: Decider, recorder: Recorder, redeemer: Redeemer, guard: Guard) -> None:
+    def __init__(
+        self, *, decider: Decider, explainer: Explainer, recorder: Recorder, redeemer: Redeemer, guard: Guard
+    ) -> None:
         self._decider = decider
+        self._explainer = explainer
         self._recorder = recorder
         self._redeemer = redeemer
         self._guard = guard
@@ -78,9 +82,9 @@ class RoutingService:
     async def explain(
         self, request: routing_service_pb2.ExplainRequest
     ) -> routing_service_pb2.ExplainResponse:
-        ask = ask_from(request.decide)
-        with _tokens_in("failed_key_handles"):
-            return explanation_message(*await self._decider.explain(ask))
+        ask = ask_from(request.decide, within="decide.")
+        with _tokens_in("decide.failed_key_handles"):
+            return explanation_message(*await self._explainer.explain(ask))
 
     async def batch_decide(
         self, request: routing_service_pb2.BatchDecideRequest

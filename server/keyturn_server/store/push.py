@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import asyncpg
 
+from keyturn_server.errors import StoreUnavailable
 from keyturn_server.store.database import is_unavailable
 
 if TYPE_CHECKING:
     from keyturn_server.store.database import Connection
 
 _CHANNEL = "keyturn"
+_FIRST_PAUSE_SECONDS = 0.05  # before another attempt; doubles up to the last
+_LAST_PAUSE_SECONDS = 1.0
 
 
 class Log(Protocol):
@@ -54,10 +57,10 @@ class Push:
         self._log = log
         # A channel of its own: the beats of others are not heard.
         self._beat_channel = f"keyturn_beat_{secrets.token_hex(8)}"
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
 
     async def run(self) -> None:
         """Listen until cancelled; connect again whenever the connection is lost."""
-        pause_seconds = 0.05
         while True:
             try:
                 async with asyncio.timeout(self._timeout_seconds):
@@ -67,22 +70,24 @@ class Push:
                         server_settings={"application_name": "keyturn push"},
                     )
             except Exception as error:
-                if not is_unavailable(error) and not isinstance(error, asyncpg.PostgresError):
-                    raise
-                self._log.warning("push_unreachable", error=type(error).__name__)
-                await asyncio.sleep(pause_seconds)
-                pause_seconds = min(pause_seconds * 2, 1.0)
-                continue
-            pause_seconds = 0.05
-            try:
-                await self._listen(connection)
-            except Exception as error:
-                if not is_unavailable(error) and not isinstance(error, asyncpg.PostgresError):
-                    raise
-                self._log.warning("push_lost", error=type(error).__name__)
-            finally:
-                connection.terminate()
-                await self._on_down()
+                self._report("push_unreachable", error)
+            else:
+                try:
+                    await self._listen(connection)
+                except Exception as error:
+                    self._report("push_lost", error)
+                finally:
+                    connection.terminate()
+                    await self._on_down()
+            await asyncio.sleep(self._pause_seconds)
+            self._pause_seconds = min(self._pause_seconds * 2, _LAST_PAUSE_SECONDS)
+
+    def _report(self, event: str, error: Exception) -> None:
+        """Logs what only means "not now"; anything else is raised."""
+        # `StoreUnavailable`: what was to be read anew came from the pool, which was lost as well.
+        if not is_unavailable(error) and not isinstance(error, asyncpg.PostgresError | StoreUnavailable):
+            raise error
+        self._log.warning(event, error=type(error).__name__)
 
     async def _listen(self, connection: Connection) -> None:
         changes: asyncio.Queue[str | None] = asyncio.Queue()
@@ -100,6 +105,7 @@ class Push:
             await connection.add_listener(self._beat_channel, beaten)
         # What changed before we listened is not announced: only what is read from here on counts.
         await self._on_up()
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
         self._log.info("push_up")
         loop = asyncio.get_running_loop()
         next_beat = loop.time()

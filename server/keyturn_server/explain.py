@@ -1,0 +1,240 @@
+"""Explain: what would `decide` answer now, and why? For support, operators, and on-call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from keyturn_server.configuration import Configuration, Provider
+from keyturn_server.decide import (
+    IN_FLIGHT_RETRY,
+    Ask,
+    Configurations,
+    Decider,
+    Decision,
+    Holds,
+    KeyRoute,
+    Profiles,
+    TicketRoute,
+    open_key,
+    provider_of,
+)
+from keyturn_server.ids import new_id
+from keyturn_server.keys.envelope import Unreadable
+from keyturn_server.keys.keyring import Keyring
+from keyturn_server.ledger import Balance
+from keyturn_server.profiles import Profile, StoredKey
+from keyturn_server.rate_limits import Limited, RateLimits
+from keyturn_server.routing.model import Credits, DenialReason, Path, Plan, Verdict, World
+from keyturn_server.routing.policy import conclude, is_eligible
+from keyturn_server.routing.reasons import SENTENCES
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step on the way to a decision, for people."""
+
+    check: str
+    result: str
+    detail: str
+
+
+class Explainer:
+    """Explains decisions by making their plan, and asking the ledger and the limits without a hold."""
+
+    def __init__(
+        self,
+        decider: Decider,
+        *,
+        configurations: Configurations,
+        profiles: Profiles,
+        holds: Holds,
+        limits: RateLimits,
+        keyring: Keyring | None,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._decider = decider
+        self._configurations = configurations
+        self._profiles = profiles
+        self._holds = holds
+        self._limits = limits
+        self._keyring = keyring
+        self._clock = clock
+
+    async def explain(self, ask: Ask) -> tuple[Decision, list[Step]]:
+        """What `decide` would answer now, and the way to it. No hold, no rate-limit hit, no secret.
+
+        Raises what `decide` raises, but for `RequestIdReused`: no request id is looked up.
+        """
+        configuration = await self._configurations.get()
+        provider = provider_of(configuration, ask)
+        profile = await self._profiles.get(ask.user_id)
+        now = self._clock()
+        plan, key, _ = self._decider.plan(ask, configuration, provider, profile, now)
+        amount_micros = self._decider.hold_micros(ask, configuration, now)
+        balance = await self._holds.balance(ask.user_id)
+        limited = await self._limits.peek(ask.user_id, configuration.tier_of(profile.tier))
+
+        answer = None
+        if plan.paths and plan.paths[0] is Path.CREDITS:
+            answer = _credits_now(balance, amount_micros, limited, plan)
+        verdict = conclude(plan, answer)
+        decision = self._explained(plan, verdict, provider, key, amount_micros, balance, limited, now)
+        steps = [
+            *_flag_steps(configuration),
+            Step("mode", plan.mode.value, "What the three flags make together."),
+            Step("provider", "enabled" if provider.is_enabled else "disabled", provider.id),
+            *_tier_steps(configuration, profile),
+            *self._key_steps(ask, profile, now),
+            Step(
+                "credits",
+                "enough" if balance.available_micros >= amount_micros else "short",
+                f"Balance {_usd(balance.balance_micros)}, held {_usd(balance.held_micros)}, "
+                f"available {_usd(balance.available_micros)}; this request holds {_usd(amount_micros)}.",
+            ),
+            Step(
+                "rate limit",
+                "reached" if limited else "room",
+                f"On the credits path; again in {limited.retry_after.total_seconds():.0f} s."
+                if limited
+                else "On the credits path.",
+            ),
+            *(
+                Step(f"path {path.value}", "tried" if path in plan.paths else "out", _why(plan, path))
+                for path in Path
+            ),
+            Step("route", verdict.path.value if verdict.path else "denied", decision.message),
+        ]
+        return decision, steps
+
+    def _explained(
+        self,
+        plan: Plan,
+        verdict: Verdict,
+        provider: Provider,
+        key: StoredKey | None,
+        amount_micros: int,
+        balance: Balance,
+        limited: Limited | None,
+        now: datetime,
+    ) -> Decision:
+        if verdict.path is None:
+            waits = {
+                DenialReason.RATE_LIMITED: limited.retry_after if limited else None,
+                DenialReason.HOLDS_IN_FLIGHT: IN_FLIGHT_RETRY,
+            }
+            denial = verdict.denial
+            return self._decider.denial(plan, verdict, waits.get(denial) if denial else None, now)
+        route: KeyRoute | TicketRoute
+        if verdict.path is Path.OWN_KEY and key is not None:
+            route = KeyRoute(
+                handle="",
+                key_id=key.id,
+                hint=key.hint,
+                secret=None,
+                provider=provider,
+                expires_at=now,
+            )
+        else:
+            route = TicketRoute(
+                ticket="",
+                hold_micros=amount_micros,
+                available_micros=balance.available_micros - amount_micros,
+                expires_at=now,
+            )
+        return Decision(
+            id=new_id(),
+            mode=plan.mode,
+            reason=verdict.reason,
+            message=SENTENCES[verdict.reason],
+            replayed=False,
+            route=route,
+        )
+
+    def _key_steps(self, ask: Ask, profile: Profile, now: datetime) -> list[Step]:
+        stored = profile.keys_for(ask.provider)
+        if not stored:
+            return [Step("keys", "none", f"The user has no key for {ask.provider}.")]
+        refused = self._decider.refused_keys(ask)
+        return [Step(f"key {key.id}", *self._key_result(ask, key, refused, now)) for key in stored]
+
+    def _key_result(
+        self, ask: Ask, key: StoredKey, refused: frozenset[tuple[UUID, int]], now: datetime
+    ) -> tuple[str, str]:
+        shown = f"Label {key.label!r}, priority {key.priority}, ending in {key.hint!r}."
+        if not key.is_active:
+            return "inactive", f"Switched off. {shown}"
+        if not key.is_valid:
+            return "invalid", f"The provider refused it. {shown}"
+        if (key.id, key.revision) in refused:
+            return "refused", f"Among the failed_key_handles of this request. {shown}"
+        if key.cooldown_until is not None and key.cooldown_until > now:
+            return "cooling down", f"Until {key.cooldown_until.isoformat()}. {shown}"
+        if self._keyring is None:
+            return "sealed", f"This sidecar has no ENCRYPTION_KEY. {shown}"
+        try:
+            open_key(self._keyring, ask.user_id, key)
+        except Unreadable as error:
+            return "unreadable", f"{error} {shown}"
+        return ("usable" if key.is_verified else "usable, unverified"), shown
+
+
+def _credits_now(balance: Balance, amount_micros: int, limited: Limited | None, plan: Plan) -> Credits:
+    covered = balance.available_micros >= amount_micros
+    if limited and (covered or Path.OWN_KEY not in plan.paths):
+        return Credits.RATE_LIMITED
+    if covered:
+        return Credits.HELD
+    return Credits.IN_FLIGHT if balance.balance_micros >= amount_micros else Credits.INSUFFICIENT
+
+
+def _flag_steps(configuration: Configuration) -> list[Step]:
+    flags = configuration.flags
+    values: dict[str, Any] = {
+        "byok_enabled": flags.byok_enabled,
+        "byok_only_mode": flags.byok_only_mode,
+        "byok_uses_internal_credits": flags.byok_uses_internal_credits,
+    }
+    return [
+        Step(
+            f"flag {key}",
+            str(value).lower(),
+            "The default: there is no such row in feature_flags."
+            if key in configuration.flags_missing
+            else "From feature_flags.",
+        )
+        for key, value in values.items()
+    ]
+
+
+def _tier_steps(configuration: Configuration, profile: Profile) -> list[Step]:
+    world = World(
+        flags=configuration.flags,
+        tier=profile.tier,
+        tier_ranks=configuration.tier_ranks,
+        keys=(),
+    )
+    return [
+        Step(
+            "tier",
+            "eligible" if is_eligible(world) else "not eligible",
+            f"The user's tier is {profile.tier!r}; own keys are for {configuration.flags.min_tier!r} "
+            "and above.",
+        )
+    ]
+
+
+def _why(plan: Plan, path: Path) -> str:
+    out = plan.out.get(path)
+    if out is not None:
+        return f"Out: {out.value}."
+    if path in plan.paths:
+        return f"Number {plan.paths.index(path) + 1} in order."
+    return "Not part of this mode."
+
+
+def _usd(micros: int) -> str:
+    return f"{'-' if micros < 0 else ''}${abs(micros) / 1_000_000:.6f}"
