@@ -1,7 +1,7 @@
 """The ledger: grouped statements that place holds, settle tickets and record the use of own keys.
 
 The statements are functions of the database (migrations/0002_ledger.sql), where the locking order is
-written down; docs/decisions/0003 says why they are functions.
+written down; docs/decisions/0002-ledger-functions.md says why they are functions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 -- The ledger's statements over a group of requests. Functions, because each step must see what the
 -- locks of the step before it waited for: inside one plain statement every part would read the
--- snapshot from before the wait. docs/decisions/0003.
+-- snapshot from before the wait. docs/decisions/0002-ledger-functions.md
 --
 -- Locking order, everywhere: credit_accounts by user_id, then their credit_holds; user_api_keys by
 -- (user_id, id). Nothing locks an account while it holds a key's row.
