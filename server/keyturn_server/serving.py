@@ -169,9 +169,9 @@ async def serving(
         bound = tuple([_bind(server, address) for address in addresses])
         if metrics_address is not None:
             _serve_metrics(metrics_address, services.metrics, stack)
-        await server.start()
         for name in ("", *services.names):
             await services.health.report(name, well=True)
+        await server.start()
         log.info("serving", addresses=list(bound))
         try:
             yield bound
@@ -188,18 +188,25 @@ async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: 
     """Run `sidecar` until SIGTERM or SIGINT; a second signal ends the process at once."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    starting = asyncio.current_task()
 
     def on_signal(number: signal.Signals) -> None:
         if stop.is_set():
             os._exit(128 + number)
         log.info("signalled", signal=number.name)
         stop.set()
+        if starting is not None:
+            starting.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     try:
         async with sidecar:
+            starting = None
             await stop.wait()
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
@@ -269,12 +276,12 @@ def _is_loopback(host: str) -> bool:
 
 def _check_directory(directory: Path) -> None:
     """Whoever can enter the directory of a socket can call: so only its owner may."""
-    if not directory.exists():
-        try:
-            directory.mkdir(parents=True, mode=0o700)
-        except OSError as error:
-            raise AddressError(f"{directory}: cannot be made for the socket: {error.strerror}.") from None
-    facts = directory.stat()
+    try:
+        if not directory.exists():
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        facts = directory.stat()
+    except OSError as error:
+        raise AddressError(f"{directory}: cannot be made for the socket: {error.strerror}.") from None
     if not stat.S_ISDIR(facts.st_mode):
         raise AddressError(f"{directory}: is no directory.")
     if facts.st_uid != os.geteuid():
@@ -288,7 +295,10 @@ def _check_directory(directory: Path) -> None:
 @contextlib.contextmanager
 def _lock_socket(path: Path) -> Iterator[None]:
     """Holds the socket for this process. gRPC would take a socket over from a running server."""
-    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise AddressError(f"{path}.lock: cannot be opened: {error.strerror}.") from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -312,7 +322,7 @@ def _bind(server: grpc.aio.Server, address: str) -> str:
 
 def _serve_metrics(address: str, metrics: Metrics, stack: contextlib.ExitStack) -> None:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise AddressError(f"{address!r} is no address for metrics: give host:port.")
     try:
         server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=metrics.registry)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
-from keyturn.v1 import routing_service_pb2, status_pb2
+from keyturn.v1 import routing_service_pb2
 from keyturn_server.keys.tokens import InvalidToken
 from keyturn_server.rpc.decode import ask_from, check_batch, check_handle, report_from
 from keyturn_server.rpc.encode import decision_message, explanation_message, record_message
@@ -28,6 +28,7 @@ NAME = routing_service_pb2.DESCRIPTOR.services_by_name["RoutingService"].full_na
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class RoutingService:
@@ -90,38 +91,31 @@ class RoutingService:
         self, request: routing_service_pb2.BatchDecideRequest
     ) -> routing_service_pb2.BatchDecideResponse:
         result = routing_service_pb2.BatchDecideResult
-        answers = await self._each("BatchDecide", request.requests, self.decide)
-        return routing_service_pb2.BatchDecideResponse(
-            results=[
-                result(status=answer) if isinstance(answer, status_pb2.Status) else result(response=answer)
-                for answer in answers
-            ]
-        )
+        results = await self._each("BatchDecide", request.requests, self.decide, result)
+        return routing_service_pb2.BatchDecideResponse(results=results)
 
     async def batch_record(
         self, request: routing_service_pb2.BatchRecordRequest
     ) -> routing_service_pb2.BatchRecordResponse:
         result = routing_service_pb2.BatchRecordResult
-        answers = await self._each("BatchRecord", request.requests, self.record)
-        return routing_service_pb2.BatchRecordResponse(
-            results=[
-                result(status=answer) if isinstance(answer, status_pb2.Status) else result(response=answer)
-                for answer in answers
-            ]
-        )
+        results = await self._each("BatchRecord", request.requests, self.record, result)
+        return routing_service_pb2.BatchRecordResponse(results=results)
 
     async def _each(
-        self, method: str, items: Iterable[Item], answer: Callable[[Item], Awaitable[Answer]]
-    ) -> list[Answer | status_pb2.Status]:
+        self,
+        method: str,
+        items: Sequence[Item],
+        answer: Callable[[Item], Awaitable[Answer]],
+        result: Callable[..., Result],
+    ) -> list[Result]:
         """Each item's answer or status. All at once, so that they share the ledger's statements."""
-        items = list(items)
         check_batch(len(items))
 
-        async def one(item: Item) -> Answer | status_pb2.Status:
+        async def one(item: Item) -> Result:
             try:
-                return await answer(item)
+                return result(response=await answer(item))
             except Exception as error:
-                return item_status(self._guard.status(method, error))
+                return result(status=item_status(self._guard.status(method, error)))
 
         return await asyncio.gather(*(one(item) for item in items))
 

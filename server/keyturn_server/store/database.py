@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from keyturn_server.errors import StoreUnavailable
+from keyturn_server.errors import KeyturnFault, StoreUnavailable
 
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
@@ -45,6 +45,21 @@ def is_unavailable(error: BaseException) -> bool:
     return isinstance(error, _UNAVAILABLE)
 
 
+class DatabaseRefused(KeyturnFault):
+    """PostgreSQL does not let us in, or its URL is none; the message never holds the password."""
+
+
+def fault_of(error: Exception) -> Exception:
+    """What to raise for an `error` of connecting."""
+    if is_unavailable(error):
+        return StoreUnavailable()
+    if isinstance(error, asyncpg.PostgresError):
+        return DatabaseRefused(f"The database refuses us: {error}.")
+    if isinstance(error, ValueError):  # its text may quote the URL
+        return DatabaseRefused("The database's URL is not like postgresql://user:password@host/database.")
+    return error
+
+
 class Database:
     """A pool, made with `open_database`. Its methods raise `StoreUnavailable` and asyncpg's data errors."""
 
@@ -55,11 +70,14 @@ class Database:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[PoolConnection]:
         """A connection of the pool for the length of the block."""
+        is_ours = False
         try:
             async with self._pool.acquire(timeout=self._acquire_seconds) as connection:
+                is_ours = True
                 yield connection
         except Exception as error:
-            if is_unavailable(error):
+            # A server that does not let us in any more cannot be reached either.
+            if is_unavailable(error) or (not is_ours and isinstance(error, asyncpg.PostgresError)):
                 raise StoreUnavailable from error
             raise
 
@@ -89,8 +107,8 @@ async def open_database(
 ) -> AsyncIterator[Database]:
     """A pool of up to `connections` connections, closed at the end of the block.
 
-    Raises `StoreUnavailable` when the first connection cannot be made, and asyncpg's own errors when
-    the server refuses it (wrong password, no such database).
+    Raises `StoreUnavailable` when the first connection cannot be made, and `DatabaseRefused` when the
+    server does not want it (wrong password, no such database).
     """
     statement_seconds = statement_timeout.total_seconds()
     try:
@@ -110,9 +128,7 @@ async def open_database(
             },
         )
     except Exception as error:
-        if is_unavailable(error):
-            raise StoreUnavailable from error
-        raise
+        raise fault_of(error) from None
     try:
         yield Database(pool, acquire_timeout=connect_timeout)
     finally:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from keyturn_server.errors import KeyturnFault, StoreUnavailable
-from keyturn_server.store.database import is_unavailable
+from keyturn_server.store.database import fault_of, is_unavailable
 
 if TYPE_CHECKING:
     from keyturn_server.store.database import Connection
@@ -64,10 +64,14 @@ async def migrate(dsn: str, migrations: Sequence[Migration] | None = None) -> li
 
     Each migration is one transaction, and all run under an advisory lock: any number of sidecars may
     start at once. Raises `MigrationError` when an applied migration differs from the shipped one or
-    is newer than this release, and `StoreUnavailable` when the database cannot be reached.
+    is newer than this release, `StoreUnavailable` when the database cannot be reached, and
+    `DatabaseRefused` when it does not let us in.
     """
     try:
         connection = await asyncpg.connect(dsn, timeout=10)
+    except Exception as error:
+        raise fault_of(error) from None
+    try:
         try:
             return await _migrate(connection, shipped_migrations() if migrations is None else migrations)
         finally:
