@@ -255,6 +255,9 @@ async def _sweep(ledger: Ledger, interval: timedelta, metrics: Metrics, log: Any
             await ledger.forget(at_most=at_most)
         except StoreUnavailable:
             log.warning("sweep_postponed", reason="the database cannot be reached")
+        except Exception:
+            # Decisions go on without a sweep: expired holds stand in nobody's way, only in the books.
+            log.exception("sweep_failed")
         await asyncio.sleep(interval.total_seconds())
 
 

@@ -46,10 +46,9 @@ _OUTCOMES = {routing_service_pb2.Outcome.Value(f"OUTCOME_{outcome.name}"): outco
 class _Fields:
     """Collects what is wrong with a message, so that the caller hears all of it."""
 
-    __slots__ = ("_within", "violations")
+    __slots__ = ("violations",)
 
-    def __init__(self, within: str = "") -> None:
-        self._within = within
+    def __init__(self) -> None:
         self.violations: list[tuple[str, str]] = []
 
     def text(self, field: str, value: str, most: int, *, required: bool = False) -> str:
@@ -83,12 +82,12 @@ class _Fields:
 
     def check(self) -> None:
         if self.violations:
-            raise InvalidFields(*((self._within + field, why) for field, why in self.violations))
+            raise InvalidFields(*self.violations)
 
 
-def ask_from(request: routing_service_pb2.DecideRequest, *, within: str = "") -> Ask:
-    """The question in a DecideRequest, which stands in the field `within`. Raises `InvalidFields`."""
-    fields = _Fields(within)
+def ask_from(request: routing_service_pb2.DecideRequest) -> Ask:
+    """The question in a DecideRequest. Raises `InvalidFields`."""
+    fields = _Fields()
     user_id = fields.text("user_id", request.user_id, MAX_ID, required=True)
     provider = fields.text("provider", request.provider, MAX_PROVIDER, required=True)
     request_id = fields.text("request_id", request.request_id, MAX_ID)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 
 from keyturn.v1 import routing_service_pb2
+from keyturn_server.errors import InvalidFields
 from keyturn_server.keys.tokens import InvalidToken
 from keyturn_server.rpc.decode import ask_from, check_batch, check_handle, report_from
 from keyturn_server.rpc.encode import decision_message, explanation_message, record_message
@@ -83,9 +84,8 @@ class RoutingService:
     async def explain(
         self, request: routing_service_pb2.ExplainRequest
     ) -> routing_service_pb2.ExplainResponse:
-        ask = ask_from(request.decide, within="decide.")
-        with _tokens_in("decide.failed_key_handles"):
-            return explanation_message(*await self._explainer.explain(ask))
+        with _fields_in("decide"), _tokens_in("decide.failed_key_handles"):
+            return explanation_message(*await self._explainer.explain(ask_from(request.decide)))
 
     async def batch_decide(
         self, request: routing_service_pb2.BatchDecideRequest
@@ -127,3 +127,12 @@ def _tokens_in(field: str) -> Iterator[None]:
         yield
     except InvalidToken as error:
         raise BadToken(field, error) from None
+
+
+@contextmanager
+def _fields_in(message: str) -> Iterator[None]:
+    """Names the message that the wrong fields stand in."""
+    try:
+        yield
+    except InvalidFields as error:
+        raise InvalidFields(*((f"{message}.{field}", why) for field, why in error.violations)) from None
