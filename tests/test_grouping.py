@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from keyturn_server.errors import StoreUnavailable
+from keyturn_server.errors import Overloaded, StoreUnavailable
 from keyturn_server.grouping import AGAIN, Again, Group
 
 
@@ -41,7 +41,7 @@ class Statement:
 
 
 def group(statement: Statement, *, keep_cancelled: bool = False) -> Group[int, int]:
-    return Group(statement, most=8, keep_cancelled=keep_cancelled)
+    return Group(statement, most=8, most_queued=100, keep_cancelled=keep_cancelled)
 
 
 async def test_what_queues_while_a_statement_runs_goes_into_the_next_one() -> None:
@@ -92,7 +92,7 @@ async def test_a_wrong_number_of_results_is_an_error_for_its_callers_and_not_the
     async def short(items: Sequence[int]) -> list[int | Again]:
         return []
 
-    async with Group[int, int](short, most=8, keep_cancelled=False) as numbers:
+    async with Group[int, int](short, most=8, most_queued=100, keep_cancelled=False) as numbers:
         with pytest.raises(RuntimeError, match="0 results for 1 items"):
             await numbers.submit(1)
         with pytest.raises(RuntimeError):
@@ -127,3 +127,29 @@ async def test_closing_runs_what_is_queued_and_takes_nothing_more() -> None:
     assert await asyncio.gather(*tasks) == [number * 2 for number in range(20)]
     with pytest.raises(StoreUnavailable):
         await numbers.submit(1)
+
+
+async def test_when_too_many_wait_the_next_one_hears_so_at_once() -> None:
+    statement = Statement()
+    async with group(statement) as numbers:
+        statement.gate.clear()
+        first = asyncio.create_task(numbers.submit(0))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        waiting = [asyncio.create_task(numbers.submit(number)) for number in range(100)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await numbers.submit(1)
+        statement.gate.set()
+        assert [await first, *await asyncio.gather(*waiting)] == [0, *(number * 2 for number in range(100))]
+
+
+async def test_whoever_queued_behind_an_unreachable_store_does_not_wait_for_it_again() -> None:
+    statement = Statement()
+    statement.faults = 2
+    async with group(statement) as numbers:
+        results = await asyncio.gather(
+            *(numbers.submit(number) for number in range(20)), return_exceptions=True
+        )
+        assert {type(result) for result in results} == {StoreUnavailable}
+    assert len(statement.groups) == 2

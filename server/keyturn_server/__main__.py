@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line; without the extra `server`, say what to install."""
+    # gRPC's core writes lines that are no JSON; what matters of them reaches us as errors.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from keyturn_server.cli import run
     except ModuleNotFoundError as error:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
 
+from keyturn.address import default_socket
 from keyturn_server.configuration import Configuration
 from keyturn_server.decide import Decider
 from keyturn_server.errors import KeyturnFault, StoreUnavailable
@@ -28,11 +30,11 @@ from keyturn_server.rpc.guard import Guard
 from keyturn_server.rpc.routing_service import NAME as ROUTING_SERVICE
 from keyturn_server.rpc.routing_service import RoutingService
 from keyturn_server.serving import Health, Services, claimed, serving
-from keyturn_server.settings import Settings, default_socket
+from keyturn_server.settings import Settings
 from keyturn_server.store.database import Database, open_database
 from keyturn_server.store.ledger import Ledger, open_ledger
 from keyturn_server.store.migrate import migrate
-from keyturn_server.store.people import load_profile
+from keyturn_server.store.people import LEGACY, load_master_key_ids, load_profile
 from keyturn_server.store.push import Push
 from keyturn_server.store.redemptions import Redemptions
 from keyturn_server.store.settings import load_configuration, load_token_roots
@@ -41,11 +43,23 @@ PUSH_SERVICE = "keyturn.push"
 """The name under which health tells whether changes in the database are announced."""
 
 _EVERYTHING = "all"
+_MOST_SWEPT = 1000
+_FORGET_INTERVAL = timedelta(minutes=1)
 _MAX_WINDOWS = 1_000_000
 
 
 class NoDatabase(KeyturnFault):
     """Neither a database URL nor a directory for an embedded one is set, or both are."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Say where the data lives, and only once: KEYTURN_DATABASE_URL for a PostgreSQL of yours, "
+            "or --embedded DIR (KEYTURN_EMBEDDED) for one that Keyturn runs itself."
+        )
+
+
+class WrongMasterKey(KeyturnFault):
+    """ENCRYPTION_KEY opens none of the stored keys; the message names it and theirs by their ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +76,12 @@ async def sidecar(settings: Settings, *, log: Any) -> AsyncIterator[tuple[str, .
 
     The addresses come back as they are listened on. At the end of the block it drains: calls in
     flight are finished, what the ledger has queued is carried out, everything is closed. Raises
-    `AddressError`, `KeyringError`, `NoDatabase`, `MigrationError`, `EmbeddedPostgresError` and
-    `StoreUnavailable`.
+    `AddressError`, `KeyringError`, `WrongMasterKey`, `NoDatabase`, `DatabaseRefused`,
+    `MigrationError`, `EmbeddedPostgresError` and `StoreUnavailable`.
     """
-    addresses = settings.listen or (default_socket(),)
+    if (settings.database_url is None) == (settings.embedded is None):
+        raise NoDatabase
+    addresses = settings.listen or (f"unix:{default_socket()}",)
     with claimed(addresses, insecure_loopback=settings.insecure_loopback) as checked:
         async with (
             _services(settings, log=log) as services,
@@ -99,8 +115,10 @@ async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
                 connections=settings.database_connections,
                 connect_timeout=settings.connect_timeout,
                 statement_timeout=settings.statement_timeout,
+                on_unavailable=_Complaints(metrics, log),
             )
         )
+        await _check_master_keys(database, keyring, log)
         sealer = TokenSealer(await load_token_roots(database))
         await asyncio.to_thread(PriceBook.warm)
         ledger = await stack.enter_async_context(open_ledger(database, on_group=metrics.grouped))
@@ -118,8 +136,9 @@ async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
             max_entries=settings.cached_profiles,
         )
         background = await stack.enter_async_context(_Background())
-        await _start_push(dsn, settings, configurations, profiles, metrics, health, log, background)
+        await _start_push(dsn, database, settings, configurations, profiles, metrics, health, log, background)
         background.start(_sweep(ledger, settings.sweep_interval, metrics, log), name="sweep")
+        background.start(_forget(ledger, log), name="forget")
 
         guard = Guard(log=log, on_call=metrics.called)
         routing = _routing_service(
@@ -155,14 +174,26 @@ async def database_url(settings: Settings, stack: AsyncExitStack, log: Any) -> s
     if settings.database_url is not None and settings.embedded is None:
         return settings.database_url.get_secret_value()
     if settings.embedded is None or settings.database_url is not None:
-        raise NoDatabase(
-            "Say where the data lives, and only once: KEYTURN_DATABASE_URL for a PostgreSQL of yours, "
-            "or --embedded DIR (KEYTURN_EMBEDDED) for one that Keyturn runs itself."
-        )
+        raise NoDatabase
     from keyturn_server.store.embedded import EmbeddedPostgres
 
     postgres = await stack.enter_async_context(EmbeddedPostgres(settings.embedded, log=log))
     return postgres.dsn
+
+
+class _Complaints:
+    """Tells of statements that the database did not take: each in the metrics, one a second in the log."""
+
+    def __init__(self, metrics: Metrics, log: Any) -> None:
+        self._metrics = metrics
+        self._log = log
+        self._next_line = 0.0
+
+    def __call__(self, error: str, sqlstate: str) -> None:
+        self._metrics.unavailable(sqlstate)
+        if (now := time.monotonic()) >= self._next_line:
+            self._next_line = now + 1
+            self._log.warning("store_unavailable", error=error, sqlstate=sqlstate)
 
 
 class _Background:
@@ -189,6 +220,7 @@ class _Background:
 
 async def _start_push(
     dsn: str,
+    database: Database,
     settings: Settings,
     configurations: PushedCache[Configuration],
     profiles: PushedCache[Profile],
@@ -213,6 +245,8 @@ async def _start_push(
         await health.report(PUSH_SERVICE, well=False)
         await configurations.expire_all(pushed=False)
         await profiles.expire_all(pushed=False)
+        # The pool's connections led to the same server.
+        await database.renew()
 
     async def changed(payload: str) -> None:
         what, _, user_id = payload.partition(" ")
@@ -244,21 +278,51 @@ async def _start_push(
 
 
 async def _sweep(ledger: Ledger, interval: timedelta, metrics: Metrics, log: Any) -> None:
-    """Release expired holds and forget old rows, again and again, until cancelled."""
-    at_most = 1000
+    """Release expired holds, again and again, until cancelled."""
     while True:
-        try:
-            while expired := await ledger.expire_holds(at_most=at_most):
-                metrics.expired_holds.inc(expired)
-                if expired < at_most:
-                    break
-            await ledger.forget(at_most=at_most)
-        except StoreUnavailable:
-            log.warning("sweep_postponed", reason="the database cannot be reached")
-        except Exception:
-            # Decisions go on without a sweep: expired holds stand in nobody's way, only in the books.
-            log.exception("sweep_failed")
+        with _postponed("sweep", log):
+            expired, broken = await ledger.expire_holds(at_most=_MOST_SWEPT)
+            metrics.expired_holds.inc(expired)
+            if broken:
+                log.error("account_broken", user_ids=broken, reason="it holds less than its open holds")
+            if expired >= _MOST_SWEPT:
+                continue
         await asyncio.sleep(interval.total_seconds())
+
+
+async def _forget(ledger: Ledger, log: Any) -> None:
+    """Delete what has served its time, again and again, until cancelled."""
+    while True:
+        with _postponed("forget", log):
+            if await ledger.forget(at_most=_MOST_SWEPT) >= _MOST_SWEPT:
+                continue
+        await asyncio.sleep(_FORGET_INTERVAL.total_seconds())
+
+
+@contextmanager
+def _postponed(work: str, log: Any) -> Iterator[None]:
+    """What fails in the background is tried again later, and stops nothing else."""
+    try:
+        yield
+    except StoreUnavailable:
+        log.warning(f"{work}_postponed", reason="the database cannot be reached")
+    except Exception:
+        log.exception(f"{work}_failed")
+
+
+async def _check_master_keys(database: Database, keyring: Keyring | None, log: Any) -> None:
+    """Raises `WrongMasterKey` when stored keys rest under master keys of which we have none."""
+    if keyring is None:
+        return
+    resting = await load_master_key_ids(database)
+    unknown = sorted(resting - set(keyring.ids) - {LEGACY})
+    if unknown and not resting & set(keyring.ids):
+        raise WrongMasterKey(
+            f"ENCRYPTION_KEY is the master key {keyring.current.id}, and the stored keys rest under "
+            f"{', '.join(unknown)}: set the right one, or add it to ENCRYPTION_KEYS_RETIRED."
+        )
+    if unknown:
+        log.error("master_key_missing", master_key_ids=unknown, reason="stored keys under these do not open")
 
 
 def _routing_service(

@@ -58,6 +58,7 @@ class Holds(Protocol):
     """The part of the ledger that decisions need."""
 
     async def place(self, request: HoldRequest) -> HoldAnswer: ...
+    async def find(self, user_id: str, request_id: str) -> HoldAnswer | None: ...
     async def balance(self, user_id: str) -> Balance: ...
 
 
@@ -74,7 +75,7 @@ class Ask:
     tokens: Usage | None = None
     """The estimate as tokens: the limit on output tokens as `output_tokens`."""
     constraint: Constraint = Constraint.ANY
-    failed_key_handles: Sequence[str] = ()
+    failed_key_handles: Sequence[str] = field(default=(), repr=False)
     inline: bool = False
     hold_ttl: timedelta | None = None
 
@@ -253,6 +254,9 @@ class Decider:
         amount_micros = self.hold_micros(ask, configuration, now)
         hit = await self._limits.hit(ask.user_id, configuration.tier_of(profile.tier))
         if isinstance(hit, Limited):
+            # A repeat that has its ticket is no new request.
+            if ask.request_id is not None and (found := await self._holds.find(ask.user_id, ask.request_id)):
+                return _held(ask, found)
             # The limit is on using credits: where they are short anyway, the own key is next in line.
             if Path.OWN_KEY in plan.paths:
                 balance = await self._holds.balance(ask.user_id)
@@ -269,6 +273,8 @@ class Decider:
                     provider=ask.provider,
                     model=ask.model,
                     service_type=ask.service_type,
+                    mode=plan.mode.value,
+                    reason=conclude(plan, Credits.HELD).reason.value,
                     amount_micros=amount_micros,
                     ttl=ask.hold_ttl or self._default_ttl,
                 )
@@ -283,10 +289,8 @@ class Decider:
                 return _CreditsAnswer(Credits.INSUFFICIENT)
             case HoldStatus.IN_FLIGHT:
                 return _CreditsAnswer(Credits.IN_FLIGHT, retry_after=IN_FLIGHT_RETRY)
-            case HoldStatus.REPLAYED if hold.provider != ask.provider:
-                raise RequestIdReused(hold.provider)
             case HoldStatus.PLACED | HoldStatus.REPLAYED:
-                return _CreditsAnswer(Credits.HELD, hold=hold)
+                return _held(ask, hold)
 
     def hold_micros(self, ask: Ask, configuration: Configuration, now: datetime) -> int:
         """What the request holds on the credits path, in micro-USD: its estimate, else the default."""
@@ -321,6 +325,8 @@ class Decider:
                 provider=ask.provider,
                 model=ask.model,
                 service_type=ask.service_type,
+                mode=plan.mode.value,
+                reason=verdict.reason.value,
                 key_id=key.id,
                 key_revision=key.revision,
                 issued_at=now,
@@ -360,7 +366,7 @@ class Decider:
             id=hold.id,
             mode=plan.mode,
             reason=verdict.reason,
-            message=SENTENCES[verdict.reason],
+            message=_ticket_message(verdict, hold),
             replayed=hold.status is HoldStatus.REPLAYED,
             route=TicketRoute(
                 ticket=ticket,
@@ -395,6 +401,19 @@ class Decider:
 def open_key(keyring: Keyring, user_id: str, key: StoredKey) -> Secret:
     """The secret of a stored key. Raises `Unreadable`."""
     return open_sealed(keyring, key.ciphertext, user_id=user_id, provider=key.provider, row_id=key.id)
+
+
+def _held(ask: Ask, hold: HoldAnswer) -> _CreditsAnswer:
+    if hold.provider != ask.provider:
+        raise RequestIdReused(hold.provider)
+    return _CreditsAnswer(Credits.HELD, hold=hold)
+
+
+def _ticket_message(verdict: Verdict, hold: HoldAnswer) -> str:
+    sentence = SENTENCES[verdict.reason]
+    if hold.status is HoldStatus.PLACED:
+        return sentence
+    return f"{sentence} This request_id was seen before: the ticket is its first one, which is {hold.state}."
 
 
 def provider_of(configuration: Configuration, ask: Ask) -> Provider:

@@ -10,7 +10,9 @@
     ├── HandleExpired
     ├── HandleRedeemed
     ├── KeyGone               the key behind a handle cannot be used any more
+    ├── Overloaded            more is queued than can be done in time
     └── StoreUnavailable      PostgreSQL cannot be reached, or did not answer in time
+        └── RowLocked         somebody else keeps a row locked that the request needs
 
 A garbled or foreign token is `keys.tokens.InvalidToken`. Messages are safe to show to the caller.
 """
@@ -29,7 +31,8 @@ class InvalidFields(KeyturnFault):
 
     def __init__(self, *violations: tuple[str, str]) -> None:
         self.violations: Sequence[tuple[str, str]] = violations
-        super().__init__("; ".join(f"{field}: {description}" for field, description in violations))
+        sentences = (f"{field}: {description.removesuffix('.')}" for field, description in violations)
+        super().__init__("; ".join(sentences) + ".")
 
 
 class UserNotFound(KeyturnFault):
@@ -86,7 +89,7 @@ class HandleRedeemed(KeyturnFault):
 
 
 class KeyGone(KeyturnFault):
-    """The key behind a handle was deleted, switched off, or does not open any more."""
+    """The key behind a handle was deleted, replaced, refused, switched off, or does not open."""
 
     def __init__(self) -> None:
         super().__init__("The key behind this handle cannot be used any more: decide again.")
@@ -97,3 +100,17 @@ class StoreUnavailable(KeyturnFault):
 
     def __init__(self) -> None:
         super().__init__("The database cannot be reached.")
+
+
+class RowLocked(StoreUnavailable):
+    """Somebody else, such as an operator's open transaction, keeps a row locked; nothing was done."""
+
+    def __init__(self) -> None:
+        KeyturnFault.__init__(self, "A row that this request needs is locked by somebody else.")
+
+
+class Overloaded(KeyturnFault):
+    """More is queued than can be done in time; nothing was done."""
+
+    def __init__(self) -> None:
+        super().__init__("Too many requests are waiting.")

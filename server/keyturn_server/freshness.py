@@ -31,6 +31,12 @@ class BoundedMemoryCache(SimpleMemoryCache):  # type: ignore[misc]  # aiocache h
             await self._delete(next(iter(self._cache)))
         return await super()._set(key, value, ttl=ttl, _cas_token=_cas_token, _conn=_conn)
 
+    async def _clear(self, namespace: str | None = None, _conn: Any = None) -> Any:
+        # The library forgets these timers and lets them run: each would end a later entry early.
+        for timer in self._handlers.values():
+            timer.cancel()
+        return await super()._clear(namespace, _conn)
+
     def __len__(self) -> int:
         return len(self._cache)
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Final, Generic, TypeVar
 
-from keyturn_server.errors import StoreUnavailable
+from keyturn_server.errors import Overloaded, StoreUnavailable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -20,8 +20,8 @@ class Again:
 
 AGAIN: Final = Again()
 
-# A twin is ahead of an item at most once per copy in the group; a race with another sidecar adds a few.
-_MOST_TRIES = 1000
+# A twin stands before an item once, and a race with another sidecar may add a few.
+_MOST_TRIES = 20
 
 
 class Group(Generic[T, R]):
@@ -31,6 +31,9 @@ class Group(Generic[T, R]):
     run again with the same items: after `StoreUnavailable` the whole group is tried once more on
     another connection. Any other error of a group means that one of its items is bad: the group is
     split until that item stands alone, and only its caller sees the error.
+
+    When the store is unavailable, whoever queued meanwhile hears so as well: the next attempt would
+    only make them wait as long again.
 
     The statement runs in this object's own task, so a caller that is cancelled leaves nothing half
     done. With `keep_cancelled` the item of a caller that went away still runs; without it, an item
@@ -42,11 +45,13 @@ class Group(Generic[T, R]):
         run: Callable[[Sequence[T]], Awaitable[Sequence[R | Again]]],
         *,
         most: int,
+        most_queued: int,
         keep_cancelled: bool,
         on_group: Callable[[int], None] = lambda size: None,
     ) -> None:
         self._run = run
         self._most = most
+        self._most_queued = most_queued
         self._keep_cancelled = keep_cancelled
         self._on_group = on_group
         self._queue: deque[tuple[T, asyncio.Future[R], int]] = deque()
@@ -68,9 +73,12 @@ class Group(Generic[T, R]):
             await self._task
 
     async def submit(self, item: T) -> R:
-        """The result of `item`. Raises what its statement raised; `StoreUnavailable` once closed."""
+        """The result of `item`. Raises what its statement raised, `Overloaded` when too many wait, and
+        `StoreUnavailable` once closed."""
         if self._closing:
             raise StoreUnavailable
+        if len(self._queue) >= self._most_queued:
+            raise Overloaded
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._queue.append((item, future, 0))
         self._wake.set()
@@ -101,7 +109,9 @@ class Group(Generic[T, R]):
             if len(results) != len(items):
                 raise RuntimeError(f"{len(results)} results for {len(items)} items")
         except StoreUnavailable as error:
-            for _, future, _ in group:
+            waiting = [*group, *self._queue]
+            self._queue.clear()
+            for _, future, _ in waiting:
                 _fail(future, error)
         except Exception as error:
             if len(group) == 1:

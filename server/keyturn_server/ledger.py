@@ -66,6 +66,9 @@ class HoldRequest:
     provider: str
     model: str
     service_type: str
+    mode: str
+    reason: str
+    """Why credits pay, for whoever asks later."""
     amount_micros: int
     ttl: timedelta
 
@@ -84,6 +87,8 @@ class HoldAnswer:
     provider: str
     model: str
     service_type: str
+    state: str
+    """open, settled or expired."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +131,10 @@ class Settlement:
     report: Report
     fingerprint: bytes
     """Of the report: the same again is a replay, another is a conflict."""
+    submission_id: UUID
+    """Of this very call: seen again, it is our own retry and no replay."""
+    is_too_late: bool
+    """Whether only a replay is answered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +160,8 @@ class KeyUse:
     provider: str
     model: str
     service_type: str
+    mode: str
+    reason: str
     cost_micros: int | None
     cost_source: CostSource
     cooldown: timedelta | None
@@ -158,6 +169,8 @@ class KeyUse:
     is_late: bool
     report: Report
     fingerprint: bytes
+    submission_id: UUID
+    is_too_late: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,8 @@ def configure_logs(level: str, *, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    # asyncpg traces every attempt to connect; the same is told in a line of ours, and counted.
+    logging.getLogger("asyncpg").setLevel(logging.CRITICAL)
     logging.getLogger("keyturn").setLevel(level.upper())
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

@@ -35,6 +35,17 @@ class Metrics:
             "keyturn_expired_holds_total", "Holds released because they ran out", registry=self.registry
         )
 
+        self._unavailable = Counter(
+            "keyturn_store_unavailable_total",
+            "Statements that the database did not take, by SQLSTATE",
+            ["sqlstate"],
+            registry=self.registry,
+        )
+
+    def unavailable(self, sqlstate: str) -> None:
+        """One statement was not taken; empty where the server said nothing."""
+        self._unavailable.labels(sqlstate).inc()
+
     def called(self, method: str, code: str) -> None:
         """One RPC has ended."""
         self._calls.labels(method, code).inc()

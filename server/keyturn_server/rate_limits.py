@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -19,7 +19,8 @@ class WindowStorage(Storage):
     """Counters of fixed windows in this process, bounded, for `limits`.
 
     The library's own memory storage walks every key of every user at each hit; here a hit touches one.
-    When `max_windows` is reached the window that was opened first is forgotten.
+    Windows that have ended make room when the next one opens; when `max_windows` are open, the one that
+    would end first does.
     """
 
     STORAGE_SCHEME = None
@@ -27,8 +28,10 @@ class WindowStorage(Storage):
     def __init__(self, *, max_windows: int) -> None:
         super().__init__()
         self._max_windows = max_windows
-        self._windows: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        """Count and end (Unix seconds) by key, in the order in which they were opened."""
+        self._windows: dict[str, tuple[int, float]] = {}
+        """Count and end (Unix seconds) by key."""
+        self._ends: defaultdict[float, deque[tuple[float, str]]] = defaultdict(deque)
+        """Ends and keys by the length of the window: of one length, they end in the order they opened."""
 
     @property
     def base_exceptions(self) -> type[Exception]:
@@ -40,12 +43,21 @@ class WindowStorage(Storage):
         now = time.time()
         count, end = self._windows.get(key, (0, 0.0))
         if end <= now:
-            self._windows.pop(key, None)
+            ends = self._ends[expiry]
+            while ends and ends[0][0] <= now:
+                self._close(ends)
             if len(self._windows) >= self._max_windows:
-                self._windows.popitem(last=False)
+                self._close(min(filter(None, self._ends.values()), key=lambda queue: queue[0][0]))
             count, end = 0, now + expiry
+            ends.append((end, key))
         self._windows[key] = (count + amount, end)
         return count + amount
+
+    def _close(self, ends: deque[tuple[float, str]]) -> None:
+        end, key = ends.popleft()
+        # Unless the key has another window by now.
+        if self._windows.get(key, (0, 0.0))[1] == end:
+            del self._windows[key]
 
     async def decr(self, key: str, amount: int = 1) -> int:
         """Take `amount` back, if the window is still open."""
@@ -73,6 +85,7 @@ class WindowStorage(Storage):
         """Forget everything; how many windows that were."""
         count = len(self._windows)
         self._windows.clear()
+        self._ends.clear()
         return count
 
     async def clear(self, key: str) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 from uuid import UUID
 
 from keyturn_server.decide import Configurations
-from keyturn_server.errors import RecordTooLate
+from keyturn_server.ids import new_id
 from keyturn_server.keys.tokens import HandleClaims, TicketClaims, TokenSealer
 from keyturn_server.ledger import (
     CostSource,
@@ -25,7 +25,7 @@ from keyturn_server.ledger import (
     Settled,
     Settlement,
 )
-from keyturn_server.prices import PriceBook
+from keyturn_server.prices import PriceBook, Usage
 
 _TAKEN_FOR = timedelta(days=7)
 """How long after its handle or ticket expired a record is still taken."""
@@ -46,9 +46,6 @@ _NEVER_CHARGED = frozenset(
     }
 )
 """The provider did no work: nothing is charged, whatever else the report says."""
-
-
-_REPORT_FIELDS = tuple(field.name for field in fields(Report))
 
 
 class Books(Protocol):
@@ -104,7 +101,6 @@ class Recorder:
         """
         claims = self._sealer.open_ticket(ticket)
         now = self._clock()
-        _check_age(claims.expires_at, now)
         charge_micros, source = await self._charge(claims, report, now)
         settled = await self._books.settle(
             Settlement(
@@ -114,6 +110,8 @@ class Recorder:
                 cost_source=source,
                 report=report,
                 fingerprint=_fingerprint(report),
+                submission_id=new_id(),
+                is_too_late=now > claims.expires_at + _TAKEN_FOR,
             )
         )
         return Recorded(
@@ -133,7 +131,6 @@ class Recorder:
         """
         claims = self._sealer.open_handle(handle)
         now = self._clock()
-        _check_age(claims.expires_at, now)
         cost_micros, source = await self._cost(claims, report, now)
         used = await self._books.record_key_use(
             KeyUse(
@@ -144,15 +141,19 @@ class Recorder:
                 provider=claims.provider,
                 model=report.model or claims.model,
                 service_type=claims.service_type,
+                mode=claims.mode,
+                reason=claims.reason,
                 cost_micros=cost_micros,
                 cost_source=source,
                 cooldown=_cooldown(report),
                 is_late=claims.expires_at <= now,
                 report=report,
                 fingerprint=_fingerprint(report),
+                submission_id=new_id(),
+                is_too_late=now > claims.expires_at + _TAKEN_FOR,
             )
         )
-        if report.outcome is not Outcome.SUCCESS and not used.replayed:
+        if report.outcome is not Outcome.SUCCESS:
             await self._on_key_state(claims.user_id)
         return Recorded(
             id=claims.decision_id,
@@ -193,11 +194,6 @@ class Recorder:
         return 0, CostSource.NONE
 
 
-def _check_age(expires_at: datetime, now: datetime) -> None:
-    if now > expires_at + _TAKEN_FOR:
-        raise RecordTooLate
-
-
 def _cooldown(report: Report) -> timedelta | None:
     default = _COOLDOWNS.get(report.outcome)
     return None if default is None else (report.retry_after or default)
@@ -209,5 +205,14 @@ def _fingerprint(report: Report) -> bytes:
     Only what was said counts, so that a field added in a later release does not change those of
     reports without it.
     """
-    said = [(name, value) for name in _REPORT_FIELDS if (value := getattr(report, name)) not in (None, "")]
+    said = (_said(report, ""), None if report.usage is None else _said(report.usage, 0))
     return hashlib.blake2b(repr(said).encode(), digest_size=16).digest()
+
+
+def _said(part: Report | Usage, unsaid: object) -> list[tuple[str, str]]:
+    values = ((field.name, getattr(part, field.name)) for field in fields(part))
+    return [
+        (name, str(value.value if isinstance(value, Outcome) else value))
+        for name, value in values
+        if value not in (None, unsaid) and not isinstance(value, Usage)
+    ]

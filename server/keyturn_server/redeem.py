@@ -52,7 +52,11 @@ class Redeemer:
         except UserNotFound:
             raise KeyGone from None
         key = next((key for key in profile.keys if key.id == claims.key_id), None)
-        if key is None or not key.is_active or self._keyring is None:
+        # Another secret than the one decided on is not given out: its outcome would be put down to
+        # the wrong one.
+        if key is None or key.revision != claims.key_revision or self._keyring is None:
+            raise KeyGone
+        if not key.is_active or not key.is_valid:
             raise KeyGone
         try:
             secret = open_key(self._keyring, claims.user_id, key)

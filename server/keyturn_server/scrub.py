@@ -28,8 +28,10 @@ _SECRETS: Final = re.compile(
       # Passwords in URLs and parameters.
     | (?P<user> (?<![a-z0-9+.-]) [a-z][a-z0-9+.-]{0,30} :// [^\s:/@]{0,256} : ) \S{1,512} (?=@)
     | (?P<parameter> \b (?:password|passwd|pwd|secret|api_?key|access_token) = ) [^\s&"',;]+
+      # What a sentence calls a key: "Incorrect API key provided: …", "api-key: …".
+    | (?P<said> \b (?:key|token|secret) \b [^:=\n]{0,24} [:=] \s{0,4} ["']? ) (?= [\w+/.-]*\d ) [\w+/.-]{16,}
       # Letters in mixed case and digits, longer than ids are.
-    | (?<!\w) (?=\w*\d) (?-i: (?=\w*[a-z]) (?=\w*[A-Z]) ) [a-z0-9]{32,} (?!\w)
+    | (?<!\w) (?=\w*\d) (?-i: (?=\w*[a-z]) (?=\w*[A-Z]) ) [a-z0-9]{32,} =* (?![\w=])
       # Base64 and its kin: long, and in a part of it no words, as the path of a model has them.
     | (?<![\w/+-]) (?=[\w/+-]*\d) (?=[\w/+-]*[a-z]) (?=[\w/+-]*[a-z0-9]{16}) [\w/+-]{40,} =* (?![\w/+-])
     """,

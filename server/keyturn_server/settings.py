@@ -6,12 +6,12 @@ Every setting is `KEYTURN_*`; the exceptions are the master keys, `ENCRYPTION_KE
 
 from __future__ import annotations
 
-import os
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from keyturn_server.errors import KeyturnFault
@@ -73,6 +73,15 @@ class Settings(BaseSettings):
     drain_timeout: timedelta = Field(default=timedelta(seconds=25), gt=timedelta(0))
     """How long calls in flight may take after SIGTERM."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_seconds(cls, value: object, info: ValidationInfo) -> object:
+        if info.field_name is None or cls.model_fields[info.field_name].annotation is not timedelta:
+            return value
+        with suppress(ValueError):
+            return float(value) if isinstance(value, str) else value
+        return value
+
     @field_validator("listen", mode="before")
     @classmethod
     def _split_addresses(cls, value: object) -> object:
@@ -82,9 +91,7 @@ class Settings(BaseSettings):
             else value
         )
 
-    @field_validator(
-        "encryption_key", "encryption_keys_retired", "database_url", "embedded", "metrics", mode="before"
-    )
+    @field_validator("encryption_keys_retired", "database_url", "embedded", "metrics", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
@@ -93,7 +100,9 @@ class Settings(BaseSettings):
     def retired_keys(self) -> tuple[str, ...]:
         """The retired master keys as text, one by one."""
         joined = self.encryption_keys_retired
-        return tuple(joined.get_secret_value().split(",")) if joined is not None else ()
+        if joined is None:
+            return ()
+        return tuple(part.strip() for part in joined.get_secret_value().split(","))
 
 
 def read_settings(**options: object) -> Settings:
@@ -116,15 +125,3 @@ def read_settings(**options: object) -> Settings:
 def _variable(location: tuple[int | str, ...]) -> str:
     name = str(location[0]) if location else "settings"
     return name if name in (_MASTER_KEY, _RETIRED_KEYS) else f"KEYTURN_{name.upper()}"
-
-
-def default_socket() -> str:
-    """Where `serve` listens when nothing is said: a Unix socket only this user can reach."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if os.geteuid() == 0:
-        directory = Path("/run/keyturn")
-    elif runtime:
-        directory = Path(runtime) / "keyturn"
-    else:
-        directory = Path.home() / ".keyturn" / "run"
-    return f"unix:{directory / 'keyturn.sock'}"

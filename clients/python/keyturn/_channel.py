@@ -11,9 +11,8 @@ from urllib.parse import quote
 
 import grpc
 
+from keyturn.address import default_socket
 from keyturn.secret import Secret
-
-DEFAULT_TARGET = "unix:/run/keyturn/keyturn.sock"
 
 
 def _version() -> str:
@@ -60,7 +59,7 @@ def connection(
     Raises `ValueError`: a target that is neither `unix:PATH` nor `HOST:PORT`, plain text to a host
     that is not this one, TLS on a Unix socket, half a client certificate, an unusable token.
     """
-    target = target or os.environ.get("KEYTURN_ADDRESS") or DEFAULT_TARGET
+    target = target or os.environ.get("KEYTURN_ADDRESS") or f"unix:{default_socket()}"
     given = (root_certificates, private_key, certificate_chain)
     tls = tls or any(each is not None for each in given)
     if (private_key is None) != (certificate_chain is None):

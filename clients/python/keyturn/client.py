@@ -43,7 +43,8 @@ class Client:
 
     Args:
         target: `unix:PATH`, `unix:///PATH` or `HOST:PORT`. None: the environment variable
-            `KEYTURN_ADDRESS`, else `unix:/run/keyturn/keyturn.sock`.
+            `KEYTURN_ADDRESS`, else the sidecar's own default
+            (`keyturn.address.default_socket`).
         token: a bearer token.
         root_certificates: the PEM authorities to trust; turns TLS on.
         private_key, certificate_chain: the PEM client certificate of mutual TLS; turn TLS on.

@@ -31,7 +31,7 @@ def serve(
     listen
         Address to answer on: unix:PATH or host:port; may be given several times. A Unix socket's
         directory must be its owner's alone. Default: a socket in /run/keyturn, or for an ordinary
-        user in $XDG_RUNTIME_DIR/keyturn. [KEYTURN_LISTEN, comma-separated]
+        user in $XDG_RUNTIME_DIR/keyturn or ~/.keyturn/run. [KEYTURN_LISTEN, comma-separated]
     embedded
         Run a PostgreSQL of its own with its data in this directory. [KEYTURN_EMBEDDED]
     reflection

@@ -36,8 +36,8 @@ _HEAD_BYTES: Final = _ROOT_ID_BYTES + _NONCE_BYTES
 _TAG_BYTES: Final = 16
 _MAX_TEXT_BYTES: Final = 2900
 
-# Fixed fields first, the byte lengths of the four texts last; the texts follow.
-_HANDLE: Final = Struct(">16s16sqqqHHHH")
+# Fixed fields first, the byte lengths of the texts last; the texts follow.
+_HANDLE: Final = Struct(">16s16sqqqHHHHHH")
 _TICKET: Final = Struct(">16sqqqHHHH")
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -73,6 +73,9 @@ class HandleClaims:
     provider: str
     model: str
     service_type: str
+    mode: str
+    reason: str
+    """The policy's mode and reason, for the record of the use."""
     key_id: UUID
     key_revision: int
     issued_at: datetime
@@ -141,7 +144,9 @@ class TokenSealer:
         Raises:
             ValueError: the texts are so long that the token would be refused.
         """
-        texts = _encode(claims)
+        texts = _encode(
+            claims.user_id, claims.provider, claims.model, claims.service_type, claims.mode, claims.reason
+        )
         fixed = _HANDLE.pack(
             claims.decision_id.bytes,
             claims.key_id.bytes,
@@ -160,13 +165,15 @@ class TokenSealer:
         """
         payload = self._handles.open(text)
         decision_id, key_id, key_revision, issued_at, expires_at, *lengths = _HANDLE.unpack_from(payload)
-        user_id, provider, model, service_type = _decode(payload, _HANDLE.size, lengths)
+        user_id, provider, model, service_type, mode, reason = _decode(payload, _HANDLE.size, lengths)
         return HandleClaims(
             decision_id=UUID(bytes=decision_id),
             user_id=user_id,
             provider=provider,
             model=model,
             service_type=service_type,
+            mode=mode,
+            reason=reason,
             key_id=UUID(bytes=key_id),
             key_revision=key_revision,
             issued_at=_from_micros(issued_at),
@@ -179,7 +186,7 @@ class TokenSealer:
         Raises:
             ValueError: the texts are so long that the token would be refused.
         """
-        texts = _encode(claims)
+        texts = _encode(claims.user_id, claims.provider, claims.model, claims.service_type)
         fixed = _TICKET.pack(
             claims.decision_id.bytes,
             claims.hold_micros,
@@ -275,16 +282,11 @@ class _Box:
 _NAMES: Final = {_HANDLE_PREFIX: "key handle", _TICKET_PREFIX: "credit ticket"}
 
 
-def _encode(claims: HandleClaims | TicketClaims) -> tuple[bytes, bytes, bytes, bytes]:
-    texts = (
-        claims.user_id.encode(),
-        claims.provider.encode(),
-        claims.model.encode(),
-        claims.service_type.encode(),
-    )
-    if sum(map(len, texts)) > _MAX_TEXT_BYTES:
+def _encode(*texts: str) -> list[bytes]:
+    encoded = [text.encode() for text in texts]
+    if sum(map(len, encoded)) > _MAX_TEXT_BYTES:
         raise ValueError(f"the texts in a token take at most {_MAX_TEXT_BYTES} bytes together")
-    return texts
+    return encoded
 
 
 def _decode(payload: bytes, offset: int, lengths: Sequence[int]) -> list[str]:

@@ -19,9 +19,11 @@ from keyturn_server.errors import (
     InvalidFields,
     KeyGone,
     KeyturnFault,
+    Overloaded,
     RecordConflict,
     RecordTooLate,
     RequestIdReused,
+    RowLocked,
     StoreUnavailable,
     UserNotFound,
 )
@@ -51,6 +53,7 @@ class BadToken(KeyturnFault):
     def __init__(self, field: str, error: InvalidToken) -> None:
         self.field = field
         self.cause = error.cause.value
+        self.description = str(error)
         super().__init__(f"{field}: {error}.")
 
 
@@ -75,6 +78,8 @@ TABLE: dict[type[Exception], Entry] = {
     HandleRedeemed: Entry(grpc.StatusCode.FAILED_PRECONDITION, "HANDLE_REDEEMED"),
     KeyGone: Entry(grpc.StatusCode.FAILED_PRECONDITION, "KEY_UNUSABLE"),
     StoreUnavailable: Entry(grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"),
+    RowLocked: Entry(grpc.StatusCode.UNAVAILABLE, "ROW_LOCKED"),
+    Overloaded: Entry(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
 }
 
 
@@ -92,12 +97,12 @@ def status_of(error: Exception) -> status_pb2.Status | None:
             details.append(_bad_request(*error.violations))
         case BadToken():
             info.metadata["cause"] = error.cause
-            details.append(_bad_request((error.field, str(error))))
+            details.append(_bad_request((error.field, error.description)))
         case UserNotFound():
             details.append(error_details_pb2.ResourceInfo(resource_type="user", resource_name=error.user_id))
         case HoldNotFound():
             details.append(error_details_pb2.ResourceInfo(resource_type="hold"))
-        case StoreUnavailable():
+        case StoreUnavailable() | Overloaded():
             details.append(
                 error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=_RETRY_SECONDS))
             )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from keyturn_server.errors import KeyturnFault, StoreUnavailable
+from keyturn_server.errors import KeyturnFault, RowLocked, StoreUnavailable
 
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
@@ -23,6 +23,7 @@ _UNAVAILABLE = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
@@ -63,9 +64,12 @@ def fault_of(error: Exception) -> Exception:
 class Database:
     """A pool, made with `open_database`. Its methods raise `StoreUnavailable` and asyncpg's data errors."""
 
-    def __init__(self, pool: Pool, *, acquire_timeout: timedelta) -> None:
+    def __init__(
+        self, pool: Pool, *, acquire_timeout: timedelta, on_unavailable: Callable[[str, str], None]
+    ) -> None:
         self._pool = pool
         self._acquire_seconds = acquire_timeout.total_seconds()
+        self._on_unavailable = on_unavailable
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[PoolConnection]:
@@ -76,10 +80,18 @@ class Database:
                 is_ours = True
                 yield connection
         except Exception as error:
+            if isinstance(error, asyncpg.LockNotAvailableError):
+                raise RowLocked from error
             # A server that does not let us in any more cannot be reached either.
             if is_unavailable(error) or (not is_ours and isinstance(error, asyncpg.PostgresError)):
+                # Never its text, which may quote a row.
+                self._on_unavailable(type(error).__name__, getattr(error, "sqlstate", None) or "")
                 raise StoreUnavailable from error
             raise
+
+    async def renew(self) -> None:
+        """Connections made so far are not used again: the server they lead to may be gone."""
+        await self._pool.expire_connections()
 
     async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
         """The rows of one statement."""
@@ -97,6 +109,19 @@ class Database:
             return await connection.fetchval(sql, *arguments)
 
 
+async def _begin(connection: Connection) -> None:
+    """An acknowledged record is durable, whatever the role's or the database's default is."""
+    await connection.execute(
+        "SELECT set_config('synchronous_commit', 'on', false)"
+        " WHERE current_setting('synchronous_commit') = 'off'"
+    )
+
+
+async def _keep(connection: Connection) -> None:
+    """Nothing: asyncpg's default would add a round trip to every statement, to undo settings that
+    nobody here changes. An open transaction it ends by itself."""
+
+
 @asynccontextmanager
 async def open_database(
     dsn: str,
@@ -104,8 +129,13 @@ async def open_database(
     connections: int,
     connect_timeout: timedelta,
     statement_timeout: timedelta,
+    lock_timeout: timedelta = timedelta(milliseconds=250),
+    on_unavailable: Callable[[str, str], None] = lambda error, sqlstate: None,
 ) -> AsyncIterator[Database]:
     """A pool of up to `connections` connections, closed at the end of the block.
+
+    `on_unavailable` hears of every statement that ends in `StoreUnavailable`: the error's name and its
+    SQLSTATE, empty where the server said nothing.
 
     Raises `StoreUnavailable` when the first connection cannot be made, and `DatabaseRefused` when the
     server does not want it (wrong password, no such database).
@@ -119,8 +149,12 @@ async def open_database(
             timeout=connect_timeout.total_seconds(),
             # The server gives up first, and says so; ours is for a server that says nothing.
             command_timeout=statement_seconds + 1,
+            init=_begin,
+            reset=_keep,
             server_settings={
                 "application_name": "keyturn",
+                "default_transaction_isolation": "read committed",
+                "lock_timeout": str(round(lock_timeout.total_seconds() * 1000)),
                 "statement_timeout": str(round(statement_seconds * 1000)),
                 "idle_in_transaction_session_timeout": str(round(statement_seconds * 2000)),
                 "jit": "off",
@@ -130,7 +164,7 @@ async def open_database(
     except Exception as error:
         raise fault_of(error) from None
     try:
-        yield Database(pool, acquire_timeout=connect_timeout)
+        yield Database(pool, acquire_timeout=connect_timeout, on_unavailable=on_unavailable)
     finally:
         try:
             async with asyncio.timeout(connect_timeout.total_seconds()):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
-from keyturn_server.errors import HoldNotFound, RecordConflict, UserNotFound
+from keyturn_server.errors import HoldNotFound, RecordConflict, RecordTooLate, RowLocked, UserNotFound
 from keyturn_server.grouping import AGAIN, Again, Group
 from keyturn_server.ids import new_id
 from keyturn_server.ledger import (
@@ -34,29 +34,40 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_PLACE = "SELECT * FROM keyturn_place_holds($1::keyturn_hold_request[]) ORDER BY ord"
-_SETTLE = "SELECT * FROM keyturn_settle_tickets($1::keyturn_settlement[]) ORDER BY ord"
-_RECORD = "SELECT * FROM keyturn_record_key_usage($1::keyturn_key_record[]) ORDER BY ord"
+_PLACE = "SELECT * FROM keyturn_place_holds($1::keyturn_hold_request[], $2) ORDER BY ord"
+_SETTLE = "SELECT * FROM keyturn_settle_tickets($1::keyturn_settlement[], $2) ORDER BY ord"
+_RECORD = "SELECT * FROM keyturn_record_key_usage($1::keyturn_key_record[], $2) ORDER BY ord"
+_FIND = """
+SELECT 'replayed' AS status, h.id AS hold_id, h.amount_micros,
+       a.balance_micros - a.held_micros AS available_micros, h.created_at, h.expires_at,
+       h.provider, h.model, h.service_type,
+       CASE WHEN h.state = 'open' AND h.expires_at <= now() THEN 'expired' ELSE h.state END AS state
+  FROM credit_holds h JOIN credit_accounts a USING (user_id)
+ WHERE h.user_id = $1 AND h.request_id = $2
+"""
 _BALANCE = "SELECT balance_micros, held_micros FROM credit_accounts WHERE user_id = $1"
 _GRANT = "SELECT * FROM keyturn_grant_credits($1, $2, $3, $4, $5)"
-_EXPIRE = "SELECT keyturn_expire_holds($1)"
+_EXPIRE = "SELECT * FROM keyturn_expire_holds($1)"
 _FORGET = "SELECT keyturn_forget($1)"
 
 # Enough to fill a statement under load, small enough to keep its locks short.
 _MOST_IN_A_GROUP = 512
+# Some seconds' worth: whoever came behind it would not be answered in time.
+_MOST_QUEUED = 16 * _MOST_IN_A_GROUP
 
 
 class Ledger:
     """Money in PostgreSQL. Made with `open_ledger`.
 
-    Methods raise `StoreUnavailable` when the database cannot answer in time.
+    Methods raise `StoreUnavailable` when the database cannot answer in time, and the grouped ones
+    `Overloaded` when too many wait.
     """
 
     def __init__(
         self,
         database: Database,
         *,
-        holds: Group[HoldRequest, HoldAnswer],
+        holds: Group[HoldRequest, HoldAnswer | Exception],
         settlements: Group[Settlement, Settled | Exception],
         key_uses: Group[KeyUse, KeyUsed | Exception],
     ) -> None:
@@ -67,14 +78,21 @@ class Ledger:
 
     async def place(self, request: HoldRequest) -> HoldAnswer:
         """Set credits aside, or say why not. The same `request_id` of a user gets its first hold again."""
-        return await self._holds.submit(request)
+        return _raised(await self._holds.submit(request))
+
+    async def find(self, user_id: str, request_id: str) -> HoldAnswer | None:
+        """The hold that this `request_id` of the user has, whatever became of it."""
+        row = await self._database.fetchrow(_FIND, user_id, request_id)
+        return None if row is None else _hold(row)
 
     async def settle(self, settlement: Settlement) -> Settled:
-        """Charge a ticket, once. Raises `HoldNotFound`, and `RecordConflict` for other contents."""
+        """Charge a ticket, once. Raises `HoldNotFound`, `RecordTooLate`, and `RecordConflict` for other
+        contents."""
         return _raised(await self._settlements.submit(settlement))
 
     async def record_key_use(self, use: KeyUse) -> KeyUsed:
-        """Record the use of an own key, once. Raises `RecordConflict` for other contents."""
+        """Record the use of an own key, once. Raises `RecordTooLate`, and `RecordConflict` for other
+        contents."""
         return _raised(await self._key_uses.submit(use))
 
     async def balance(self, user_id: str) -> Balance:
@@ -84,11 +102,13 @@ class Ledger:
             return Balance(balance_micros=0, held_micros=0)
         return Balance(balance_micros=row["balance_micros"], held_micros=row["held_micros"])
 
-    async def expire_holds(self, *, at_most: int = 1000) -> int:
-        """Release holds that have run out by the database's clock; how many."""
-        return int(await self._database.fetchval(_EXPIRE, at_most))
+    async def expire_holds(self, *, at_most: int) -> tuple[int, list[str]]:
+        """Release holds that have run out by the database's clock; how many, and the users whose account
+        does not agree with their holds, and was left as it is."""
+        row = await self._database.fetchrow(_EXPIRE, at_most)
+        return (row["expired"], row["broken"]) if row is not None else (0, [])
 
-    async def forget(self, *, at_most: int = 1000) -> int:
+    async def forget(self, *, at_most: int) -> int:
         """Delete closed holds after their 30 days, and spent redemptions; how many."""
         return int(await self._database.fetchval(_FORGET, at_most))
 
@@ -100,12 +120,9 @@ async def grant_credits(
 
     Raises `UserNotFound` and `StoreUnavailable`.
     """
-    try:
-        row = await database.fetchrow(_GRANT, new_id(), user_id, amount_micros, request_id, description)
-    except asyncpg.ForeignKeyViolationError:
-        raise UserNotFound(user_id) from None
+    row = await database.fetchrow(_GRANT, new_id(), user_id, amount_micros, request_id, description)
     if row is None:
-        raise RuntimeError("keyturn_grant_credits gave no row")
+        raise UserNotFound(user_id)
     return Balance(balance_micros=row["balance_micros"], held_micros=0)
 
 
@@ -115,22 +132,27 @@ async def open_ledger(
 ) -> AsyncIterator[Ledger]:
     """A ledger; at the end of the block what is queued is carried out first."""
 
-    async def place(requests: Sequence[HoldRequest]) -> list[HoldAnswer | Again]:
-        rows = await database.fetch(_PLACE, [_hold_row(request) for request in requests])
-        return [_hold_answer(row) for row in rows]
+    async def run(sql: str, rows: list[tuple[Any, ...]]) -> list[asyncpg.Record]:
+        # A row that somebody else keeps locked costs the group one wait, and then its own caller only.
+        try:
+            return await database.fetch(sql, rows, True)
+        except RowLocked:
+            return await database.fetch(sql, rows, False)
+
+    async def place(requests: Sequence[HoldRequest]) -> list[HoldAnswer | Exception | Again]:
+        return [_placed(row) for row in await run(_PLACE, [_hold_row(one) for one in requests])]
 
     async def settle(settlements: Sequence[Settlement]) -> list[Settled | Exception | Again]:
-        rows = await database.fetch(_SETTLE, [_settlement_row(one) for one in settlements])
-        return [_settled(row) for row in rows]
+        return [_settled(row) for row in await run(_SETTLE, [_settlement_row(one) for one in settlements])]
 
     async def record(uses: Sequence[KeyUse]) -> list[KeyUsed | Exception | Again]:
-        rows = await database.fetch(_RECORD, [_key_use_row(use) for use in uses])
-        return [_key_used(row) for row in rows]
+        return [_key_used(row) for row in await run(_RECORD, [_key_use_row(one) for one in uses])]
 
     def group(kind: str, run: Any, *, keep_cancelled: bool) -> Group[Any, Any]:
         return Group(
             run,
             most=_MOST_IN_A_GROUP,
+            most_queued=_MOST_QUEUED,
             keep_cancelled=keep_cancelled,
             on_group=lambda size: on_group(kind, size),
         )
@@ -158,14 +180,23 @@ def _hold_row(request: HoldRequest) -> tuple[Any, ...]:
         request.provider,
         request.model,
         request.service_type,
+        request.mode,
+        request.reason,
         request.amount_micros,
         request.ttl,
     )
 
 
-def _hold_answer(row: asyncpg.Record) -> HoldAnswer | Again:
-    if row["status"] == "again":
-        return AGAIN
+def _placed(row: asyncpg.Record) -> HoldAnswer | Exception | Again:
+    match row["status"]:
+        case "again":
+            return AGAIN
+        case "busy":
+            return RowLocked()
+    return _hold(row)
+
+
+def _hold(row: asyncpg.Record) -> HoldAnswer:
     return HoldAnswer(
         status=HoldStatus(row["status"]),
         id=row["hold_id"],
@@ -176,6 +207,7 @@ def _hold_answer(row: asyncpg.Record) -> HoldAnswer | Again:
         provider=row["provider"],
         model=row["model"],
         service_type=row["service_type"],
+        state=row["state"],
     )
 
 
@@ -194,6 +226,8 @@ def _settlement_row(settlement: Settlement) -> tuple[Any, ...]:
         _milliseconds(report),
         report.error_message or None,
         settlement.fingerprint,
+        settlement.submission_id,
+        settlement.is_too_late,
     )
 
 
@@ -201,8 +235,12 @@ def _settled(row: asyncpg.Record) -> Settled | Exception | Again:
     match row["status"]:
         case "again":
             return AGAIN
+        case "busy":
+            return RowLocked()
         case "unknown":
             return HoldNotFound()
+        case "too_late":
+            return RecordTooLate()
         case "conflict":
             return RecordConflict()
     return Settled(
@@ -224,6 +262,8 @@ def _key_use_row(use: KeyUse) -> tuple[Any, ...]:
         use.provider,
         use.model,
         use.service_type,
+        use.mode,
+        use.reason,
         report.endpoint,
         report.outcome.value,
         *_usage_columns(report),
@@ -235,6 +275,8 @@ def _key_use_row(use: KeyUse) -> tuple[Any, ...]:
         use.cooldown,
         use.is_late,
         use.fingerprint,
+        use.submission_id,
+        use.is_too_late,
     )
 
 
@@ -242,6 +284,10 @@ def _key_used(row: asyncpg.Record) -> KeyUsed | Exception | Again:
     match row["status"]:
         case "again":
             return AGAIN
+        case "busy":
+            return RowLocked()
+        case "too_late":
+            return RecordTooLate()
         case "conflict":
             return RecordConflict()
     return KeyUsed(

@@ -34,6 +34,29 @@ VALUES ($1, $2, $3, $4, $5, $6, $7)
 """
 
 
+LEGACY = "legacy"
+"""What stands for the master key of ciphertexts that do not name one."""
+
+# Hops over the index from one id to the next: as many steps as there are ids, not as there are keys.
+_MASTER_KEY_IDS = """
+WITH RECURSIVE ids AS (
+    (SELECT keyturn_master_key_id(encrypted_key) AS id FROM user_api_keys ORDER BY 1 LIMIT 1)
+    UNION ALL
+    SELECT (SELECT keyturn_master_key_id(encrypted_key) FROM user_api_keys
+             WHERE keyturn_master_key_id(encrypted_key) > ids.id ORDER BY 1 LIMIT 1)
+      FROM ids WHERE ids.id IS NOT NULL)
+SELECT id FROM ids WHERE id IS NOT NULL
+"""
+
+
+async def load_master_key_ids(database: Database) -> set[str]:
+    """The ids of the master keys that stored keys rest under, `LEGACY` among them if any names none.
+
+    Raises `StoreUnavailable`.
+    """
+    return {row["id"] for row in await database.fetch(_MASTER_KEY_IDS)}
+
+
 async def put_user(database: Database, *, user_id: str, email: str | None, tier: str) -> None:
     """Make the user, or set email and tier of the one that is there. Raises `StoreUnavailable`."""
     await database.fetch(_PUT_USER, user_id, email, tier)

@@ -32,6 +32,7 @@ class Log(Protocol):
 
     def info(self, event: str, **values: Any) -> Any: ...
     def warning(self, event: str, **values: Any) -> Any: ...
+    def error(self, event: str, **values: Any) -> Any: ...
 
 
 class Push:
@@ -83,11 +84,13 @@ class Push:
             self._pause_seconds = min(self._pause_seconds * 2, _LAST_PAUSE_SECONDS)
 
     def _report(self, event: str, error: Exception) -> None:
-        """Logs what only means "not now"; anything else is raised."""
+        """Whatever it was, the answer is to listen again; what is no mere "not now" is logged whole."""
         # `StoreUnavailable`: what was to be read anew came from the pool, which was lost as well.
-        if not is_unavailable(error) and not isinstance(error, asyncpg.PostgresError | StoreUnavailable):
-            raise error
-        self._log.warning(event, error=type(error).__name__)
+        if is_unavailable(error) or isinstance(error, asyncpg.PostgresError | StoreUnavailable):
+            sqlstate = getattr(error, "sqlstate", None) or ""
+            self._log.warning(event, error=type(error).__name__, sqlstate=sqlstate)
+        else:
+            self._log.error(event, exc_info=error)
 
     async def _listen(self, connection: Connection) -> None:
         changes: asyncio.Queue[str | None] = asyncio.Queue()
@@ -103,6 +106,7 @@ class Push:
         async with asyncio.timeout(self._timeout_seconds):
             await connection.add_listener(_CHANNEL, changed)
             await connection.add_listener(self._beat_channel, beaten)
+        await self._beat(connection, heard)
         # What changed before we listened is not announced: only what is read from here on counts.
         await self._on_up()
         self._pause_seconds = _FIRST_PAUSE_SECONDS
@@ -111,10 +115,7 @@ class Push:
         next_beat = loop.time()
         while True:
             if (wait_seconds := next_beat - loop.time()) <= 0:
-                heard.clear()
-                async with asyncio.timeout(self._timeout_seconds):
-                    await connection.execute(f'NOTIFY "{self._beat_channel}"')
-                    await heard.wait()
+                await self._beat(connection, heard)
                 next_beat = loop.time() + self._beat_seconds
                 continue
             try:
@@ -125,3 +126,10 @@ class Push:
             if change is None:
                 raise asyncpg.ConnectionDoesNotExistError("the server ended the connection")
             await self._on_change(change)
+
+    async def _beat(self, connection: Connection, heard: asyncio.Event) -> None:
+        """Notifies ourselves through the server. Raises TimeoutError when it does not come back."""
+        heard.clear()
+        async with asyncio.timeout(self._timeout_seconds):
+            await connection.execute(f'NOTIFY "{self._beat_channel}"')
+            await heard.wait()

@@ -116,6 +116,13 @@ CREATE TABLE user_api_keys (
 ) WITH (fillfactor = 80);
 COMMENT ON COLUMN user_api_keys.priority IS 'Lower comes first';
 
+-- Under which master key a ciphertext rests: its fingerprint, or 'legacy' for the format without one.
+CREATE FUNCTION keyturn_master_key_id(ciphertext text) RETURNS text
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN CASE WHEN ciphertext LIKE 'v1.%' THEN split_part(ciphertext, '.', 2) ELSE 'legacy' END;
+
+CREATE INDEX user_api_keys_by_master_key ON user_api_keys (keyturn_master_key_id(encrypted_key));
+
 CREATE TABLE api_key_usage (
     user_id              text NOT NULL,
     -- The id of the decision: one decision settles at most once.
@@ -124,6 +131,9 @@ CREATE TABLE api_key_usage (
     provider             text NOT NULL,
     model                text NOT NULL,
     service_type         text NOT NULL,
+    -- Why the own key paid: the policy's mode and reason at the decision.
+    mode                 text NOT NULL,
+    reason               text NOT NULL,
     endpoint             text NOT NULL,
     outcome              text NOT NULL,
     input_tokens         bigint,
@@ -140,14 +150,16 @@ CREATE TABLE api_key_usage (
     key_state            text NOT NULL,
     is_late              boolean NOT NULL,
     fingerprint          bytea NOT NULL,
+    submission_id        uuid NOT NULL,
     created_at           timestamptz NOT NULL,
     PRIMARY KEY (user_id, id)
 );
 COMMENT ON COLUMN api_key_usage.total_tokens IS 'NULL: not reported, which is not zero';
 CREATE INDEX api_key_usage_by_time ON api_key_usage USING brin (created_at);
 
+-- No foreign key: the books of a user who was deleted stay.
 CREATE TABLE credit_accounts (
-    user_id        text PRIMARY KEY REFERENCES users (id),
+    user_id        text PRIMARY KEY,
     balance_micros bigint NOT NULL DEFAULT 0,
     held_micros    bigint NOT NULL DEFAULT 0 CHECK (held_micros >= 0),
     created_at     timestamptz NOT NULL DEFAULT now()
@@ -161,6 +173,9 @@ CREATE TABLE credit_holds (
     provider             text NOT NULL,
     model                text NOT NULL,
     service_type         text NOT NULL,
+    -- Why credits paid: the policy's mode and reason at the decision.
+    mode                 text NOT NULL,
+    reason               text NOT NULL,
     amount_micros        bigint NOT NULL CHECK (amount_micros >= 0),
     state                text NOT NULL CHECK (state IN ('open', 'settled', 'expired')),
     created_at           timestamptz NOT NULL,
@@ -174,6 +189,7 @@ CREATE TABLE credit_holds (
     cost_source          text,
     is_late              boolean,
     fingerprint          bytea,
+    submission_id        uuid,
     PRIMARY KEY (user_id, id),
     CHECK ((state = 'settled') = (fingerprint IS NOT NULL))
 ) WITH (fillfactor = 80);
@@ -195,6 +211,8 @@ CREATE TABLE credit_transactions (
     request_id           text CHECK (length(request_id) BETWEEN 1 AND 128),
     description          text NOT NULL DEFAULT '',
     service_type         text NOT NULL DEFAULT '',
+    mode                 text,
+    reason               text,
     provider             text NOT NULL DEFAULT '',
     model                text NOT NULL DEFAULT '',
     endpoint             text NOT NULL DEFAULT '',
@@ -223,6 +241,7 @@ CREATE TABLE handle_redemptions (
     redeemed_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (user_id, decision_id)
 );
+CREATE INDEX handle_redemptions_by_expiry ON handle_redemptions (expires_at);
 
 -- An operator's own price of a model; it wins over the built-in price list.
 CREATE TABLE model_prices (
