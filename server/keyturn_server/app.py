@@ -212,7 +212,11 @@ class _Background:
     ) -> None:
         for task in self._tasks:
             task.cancel()
-        await self._group.__aexit__(kind, error, trace)
+        # The group would wrap an error of the block in a group of one; only a cancellation may be its own.
+        if isinstance(error, asyncio.CancelledError):
+            await self._group.__aexit__(kind, error, trace)
+        else:
+            await self._group.__aexit__(None, None, None)
 
     def start(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
         self._tasks.append(self._group.create_task(work, name=name))
@@ -305,9 +309,9 @@ def _postponed(work: str, log: Any) -> Iterator[None]:
     try:
         yield
     except StoreUnavailable:
-        log.warning(f"{work}_postponed", reason="the database cannot be reached")
+        log.warning("upkeep_postponed", work=work, reason="the database cannot be reached")
     except Exception:
-        log.exception(f"{work}_failed")
+        log.exception("upkeep_failed", work=work)
 
 
 async def _check_master_keys(database: Database, keyring: Keyring | None, log: Any) -> None:

@@ -1,0 +1,34 @@
+"""`make bench` works on any machine. What it measures is not for a test to judge."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from tests.bench.generators import HOW_TO_GET_H2LOAD, has_h2load
+from tests.bench.measurements import MEASUREMENTS
+
+_QUICK = ("--seconds=0.3", "--rounds=1", "--concurrency=4", "--users=10")
+
+
+async def test_the_bench_prints_every_row_and_says_where_h2load_is_missing(tmp_path: Path) -> None:
+    names = [one.name for one in MEASUREMENTS if has_h2load() or not one.by_h2load]
+    figures = tmp_path / "figures.json"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.bench", *_QUICK, f"--json={figures}"),
+        *(f"--only={one.name}" for one in MEASUREMENTS),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    printed = output.decode()
+    assert process.returncode == 0, printed
+    assert (HOW_TO_GET_H2LOAD in printed) is not has_h2load()
+    rows = json.loads(figures.read_text())["rows"]
+    assert [row["name"] for row in rows] == names
+    for row in rows:
+        assert f"\n{row['name']} " in printed
+        assert row["echo"]["calls"] > 0
+        assert row["keyturn"]["calls"] > 0

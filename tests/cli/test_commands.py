@@ -1,0 +1,187 @@
+"""The commands beside `serve`, and what all of them say of themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import pytest
+
+from keyturn_server.keys.keyring import parse_master_key
+from tests.cli.command import Finished, keyturn
+from tests.support import MASTER_KEY, temporary_directory
+
+OPTIONS = {
+    ("serve",): {"listen", "embedded", "reflection", "insecure-loopback", "metrics"},
+    ("db", "migrate"): {"embedded"},
+    ("demo",): {"once"},
+    ("keygen",): set(),
+}
+NOT_IN_THE_ENVIRONMENT = {"once"}
+
+
+async def test_the_help_of_each_command_shows_every_option_with_its_variable() -> None:
+    helps = await asyncio.gather(*(keyturn(*command, "--help") for command in OPTIONS))
+    for finished, (command, options) in zip(helps, OPTIONS.items(), strict=True):
+        assert (finished.code, finished.err) == (0, "")
+        shown = set(re.findall(r"--([a-z-]+)", finished.out)) - {"help", "no-once"}
+        assert options <= shown, f"{command} has {options - shown} nowhere in its help"
+        for option in options - NOT_IN_THE_ENVIRONMENT:
+            assert f"[KEYTURN_{option.upper().replace('-', '_')}" in finished.out
+
+
+async def test_the_help_of_the_whole_names_each_command_and_the_master_keys() -> None:
+    finished = await keyturn("--help")
+    assert finished.code == 0
+    for word in ("serve", "db", "demo", "keygen", "ENCRYPTION_KEY", "ENCRYPTION_KEYS_RETIRED"):
+        assert word in finished.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["serve", "--no-such-option"], ["serve", "stray"], ["no-such-command"], ["db", "drop"], ["keygen", "x"]],
+)
+async def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
+    finished = await keyturn(*arguments)
+    assert finished.code == 2
+    assert arguments[-1].lstrip("-") in finished.out + finished.err
+
+
+async def test_keygen_prints_a_key_that_is_accepted_and_nothing_else() -> None:
+    first, second = await asyncio.gather(keyturn("keygen"), keyturn("keygen"))
+    assert first.code == 0
+    assert re.fullmatch(r"[0-9a-f]{64}\n", first.out)
+    assert first.out != second.out
+    key = parse_master_key(first.out.strip(), name="ENCRYPTION_KEY")
+    assert key.id in first.err
+    assert not key.is_weak
+    assert first.out.strip() not in first.err
+
+
+async def test_migrate_brings_an_empty_database_up_to_date_once(empty_database: str) -> None:
+    first = await keyturn("db", "migrate", KEYTURN_DATABASE_URL=empty_database)
+    again = await keyturn("db", "migrate", KEYTURN_DATABASE_URL=empty_database)
+    assert (first.code, again.code) == (0, 0)
+    assert first.out.splitlines()[0] == "applied 0001 schema"
+    assert again.out == "up to date\n"
+
+
+async def test_many_at_once_migrate_one_database_once(empty_database: str) -> None:
+    ends = await asyncio.gather(
+        *(keyturn("db", "migrate", KEYTURN_DATABASE_URL=empty_database) for _ in range(3))
+    )
+    assert [finished.code for finished in ends] == [0, 0, 0]
+    assert sorted(finished.out.splitlines()[0] for finished in ends) == [
+        "applied 0001 schema",
+        "up to date",
+        "up to date",
+    ]
+
+
+async def test_migrate_starts_and_stops_an_embedded_database() -> None:
+    async with temporary_directory() as directory:
+        first = await keyturn("db", "migrate", "--embedded", str(directory / "pg"))
+        again = await keyturn("db", "migrate", KEYTURN_EMBEDDED=str(directory / "pg"))
+    assert (first.code, again.code) == (0, 0)
+    assert (first.err, again.err) == ("", "")
+    assert again.out == "up to date\n"
+
+
+SECRET = "Pa55-canary"
+DATABASES = {
+    "none": ({}, "KEYTURN_DATABASE_URL"),
+    "two": (
+        {"KEYTURN_DATABASE_URL": f"postgresql://u:{SECRET}@127.0.0.1:1/d", "KEYTURN_EMBEDDED": "/x"},
+        "only once",
+    ),
+    "nobody there": (
+        {"KEYTURN_DATABASE_URL": f"postgresql://u:{SECRET}@127.0.0.1:1/d"},
+        "The database cannot be reached.",
+    ),
+    "no socket there": (
+        {"KEYTURN_DATABASE_URL": f"postgresql://u:{SECRET}@/d?host=/nonexistent"},
+        "The database cannot be reached.",
+    ),
+    "no url": ({"KEYTURN_DATABASE_URL": f"u:{SECRET}@127.0.0.1"}, "postgresql://"),
+    "another scheme": ({"KEYTURN_DATABASE_URL": f"mysql://u:{SECRET}@127.0.0.1/d"}, "postgresql://"),
+    "a password that breaks the URL": (
+        {"KEYTURN_DATABASE_URL": f"postgresql://u:{SECRET}/#@127.0.0.1:5432/d"},
+        "database",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DATABASES)
+async def test_a_database_that_cannot_be_used_is_a_sentence_and_exit_code_1(name: str) -> None:
+    variables, sentence = DATABASES[name]
+    finished = await keyturn("db", "migrate", **variables)
+    check_refusal(finished, sentence)
+    assert SECRET not in finished.err
+
+
+def check_refusal(finished: Finished, sentence: str) -> None:
+    """Raises AssertionError unless the command ended with 1, and with that on stderr alone."""
+    assert (finished.code, finished.out) == (1, "")
+    assert sentence in finished.err
+    assert "Traceback" not in finished.err
+
+
+async def test_a_database_that_refuses_is_named_with_its_reason(database: str) -> None:
+    missing = database.replace("/test_", "/missing_")
+    stranger = database.replace("keyturn@", f"stranger:{SECRET}@")
+    ends = await asyncio.gather(
+        *(keyturn("db", "migrate", KEYTURN_DATABASE_URL=url) for url in (missing, stranger))
+    )
+    for finished, reason in zip(ends, ("does not exist", "stranger"), strict=True):
+        check_refusal(finished, "The database refuses us: ")
+        assert reason in finished.err
+        assert SECRET not in finished.err
+
+
+OTHER_KEY = "9" * 63 + "8"
+MASTER_KEYS = {
+    "too short": ({"ENCRYPTION_KEY": MASTER_KEY[:-1]}, "ENCRYPTION_KEY has 63 characters"),
+    "a line end": ({"ENCRYPTION_KEY": f"{MASTER_KEY}\n"}, "ENCRYPTION_KEY has whitespace"),
+    "retired, and base64": (
+        {
+            "ENCRYPTION_KEY": OTHER_KEY,
+            "ENCRYPTION_KEYS_RETIRED": f"{'7' * 64},P4ocXnudIEaowOL0FjdYudp8Hj9bCSSGfay+HzBSdJY=",
+        },
+        "ENCRYPTION_KEYS_RETIRED[1] has 44 characters",
+    ),
+    "retired alone": ({"ENCRYPTION_KEYS_RETIRED": MASTER_KEY}, "ENCRYPTION_KEY is not"),
+    "the same twice": (
+        {"ENCRYPTION_KEY": MASTER_KEY, "ENCRYPTION_KEYS_RETIRED": MASTER_KEY},
+        "ENCRYPTION_KEYS_RETIRED[0] is the same key as ENCRYPTION_KEY",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASTER_KEYS)
+async def test_master_keys_that_cannot_be_used_are_named_and_never_printed(name: str, database: str) -> None:
+    variables, problem = MASTER_KEYS[name]
+    async with temporary_directory() as directory:
+        finished = await keyturn(
+            *("serve", "--listen", f"unix:{directory}/a/s"), KEYTURN_DATABASE_URL=database, **variables
+        )
+    check_refusal(finished, problem)
+    for value in variables.values():
+        assert not any(part[1:-1] in finished.err for part in value.strip().split(","))
+
+
+SETTINGS = {
+    "KEYTURN_LOG_LEVEL": "shout-canary",
+    "KEYTURN_REFLECTION": "perhaps-canary",
+    "KEYTURN_HOLD_TTL": "canary",
+    "KEYTURN_DEFAULT_HOLD_MICROS": "-1234567",
+    "KEYTURN_DATABASE_CONNECTIONS": "1.51234567",
+    "KEYTURN_DRAIN_TIMEOUT": "-1234567",
+}
+
+
+async def test_settings_that_make_no_sense_are_all_named_without_their_values(database: str) -> None:
+    finished = await keyturn("serve", KEYTURN_DATABASE_URL=database, **SETTINGS)
+    for variable in SETTINGS:
+        check_refusal(finished, f"{variable}: ")
+    assert "canary" not in finished.err
+    assert "1234567" not in finished.err
