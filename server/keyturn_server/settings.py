@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     database_connections: int = Field(default=8, ge=2)
     connect_timeout: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
     statement_timeout: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
-    drain_timeout: timedelta = Field(default=timedelta(seconds=25), gt=timedelta(0))
+    drain_timeout: timedelta = Field(default=timedelta(seconds=15), gt=timedelta(0))
     """How long calls in flight may take after SIGTERM."""
 
     @field_validator("*", mode="before")
