@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -467,19 +467,28 @@ async def test_for_root_the_server_runs_as_an_ordinary_user(directory: Path) -> 
 async def test_an_ordinary_user_runs_it_as_themselves_and_root_may_go_on(directory: Path) -> None:
     nobody = pwd.getpwnam("nobody")
     version = f"python3.{sys.version_info.minor}"
+
+    def run(python: str, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [python, "-c", code, *arguments],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+            user=nobody.pw_uid,
+            group=nobody.pw_gid,
+            extra_groups=[],
+        )
+
     for candidate in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
-        runs = ["runuser", "-u", "nobody", "--"]
-        runs += [candidate, "-c"]
-        imports = "import keyturn_server.store.embedded"
-        tried = subprocess.run([*runs, imports], env=environment(), capture_output=True, check=False)
-        if tried.returncode == 0:
+        with suppress(OSError, subprocess.CalledProcessError):
+            run(candidate, "import keyturn_server.store.embedded")
             break
     else:
         pytest.skip("there is no Python of this version that an ordinary user may run")
     directory.mkdir(mode=0o700)
     os.chown(directory, nobody.pw_uid, nobody.pw_gid)
-    command = [*runs, ROUND, str(directory)]
-    done = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True)
+    done = run(candidate, ROUND, str(directory))
     assert int(done.stdout.split()[0]) == nobody.pw_uid
     async with EmbeddedPostgres(directory, settings=FAST) as postgres:
         assert Path(f"/proc/{postgres.postmaster_pid}").stat().st_uid == nobody.pw_uid
