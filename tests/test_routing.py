@@ -214,6 +214,20 @@ async def test_a_refused_key_is_marked_and_not_handed_out_again(
     assert row["last_error"] == "Incorrect API key provided: ***"
 
 
+async def test_a_key_that_no_pattern_knows_is_struck_out_of_its_own_error(
+    sidecar: Sidecar, make: Factory, sql: Connection
+) -> None:
+    user = await make.user()
+    secret = "5f2b1c9d0a7e4f6388b1c2d3e4f5a6b7"
+    await make.key(user, secret=secret)
+    answer = await sidecar.decide(user)
+    await sidecar.record(
+        answer, pb.OUTCOME_AUTH_REJECTED, error_message="x" * 480 + f" <{secret}> is no key of ours"
+    )
+    for statement in ("SELECT error_message FROM api_key_usage", "SELECT last_error FROM user_api_keys"):
+        assert await sql.fetchval(statement) == ("x" * 480 + " <***> is no key of ours")[:500]
+
+
 @pytest.mark.parametrize(
     ("outcome", "fields", "least_seconds", "most_seconds"),
     [

@@ -106,7 +106,9 @@ async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         dsn = await database_url(settings, stack, log)
-        applied = await migrate(dsn)
+        applied = await migrate(
+            dsn, on_wait=lambda: log.warning("migration_waits", reason="another one runs")
+        )
         if applied:
             log.info("migrated", migrations=[f"{one.version:04d}_{one.name}" for one in applied])
         database = await stack.enter_async_context(
@@ -382,7 +384,9 @@ def _routing_service(
         ),
         recorder=Recorder(
             configurations=configurations,
+            profiles=profiles,
             books=ledger,
+            keyring=keyring,
             sealer=sealer,
             prices=prices,
             clock=now,

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Protocol
 from uuid import UUID
 
-from keyturn_server.decide import Configurations
+from keyturn_server.decide import Configurations, Profiles, open_key
+from keyturn_server.errors import UserNotFound
 from keyturn_server.ids import new_id
+from keyturn_server.keys.envelope import Unreadable
+from keyturn_server.keys.keyring import Keyring
 from keyturn_server.keys.tokens import HandleClaims, TicketClaims, TokenSealer
 from keyturn_server.ledger import (
     CostSource,
@@ -26,6 +29,9 @@ from keyturn_server.ledger import (
     Settlement,
 )
 from keyturn_server.prices import PriceBook, Usage
+from keyturn_server.scrub import STRUCK
+
+_MAX_ERROR_TEXT = 500
 
 _TAKEN_FOR = timedelta(days=7)
 """How long after its handle or ticket expired a record is still taken."""
@@ -81,14 +87,18 @@ class Recorder:
         self,
         *,
         configurations: Configurations,
+        profiles: Profiles,
         books: Books,
+        keyring: Keyring | None,
         sealer: TokenSealer,
         prices: PriceBook,
         clock: Callable[[], datetime],
         on_key_state: Callable[[str], Awaitable[None]],
     ) -> None:
         self._configurations = configurations
+        self._profiles = profiles
         self._books = books
+        self._keyring = keyring
         self._sealer = sealer
         self._prices = prices
         self._clock = clock
@@ -100,6 +110,7 @@ class Recorder:
         Raises `InvalidToken`, `RecordTooLate`, `HoldNotFound`, `RecordConflict`, `StoreUnavailable`.
         """
         claims = self._sealer.open_ticket(ticket)
+        report = replace(report, error_message=report.error_message[:_MAX_ERROR_TEXT])
         now = self._clock()
         charge_micros, source = await self._charge(claims, report, now)
         settled = await self._books.settle(
@@ -130,6 +141,8 @@ class Recorder:
         Raises `InvalidToken`, `RecordTooLate`, `RecordConflict`, `StoreUnavailable`.
         """
         claims = self._sealer.open_handle(handle)
+        error_message = await self._without_its_key(claims, report.error_message)
+        report = replace(report, error_message=error_message[:_MAX_ERROR_TEXT])
         now = self._clock()
         cost_micros, source = await self._cost(claims, report, now)
         used = await self._books.record_key_use(
@@ -164,6 +177,23 @@ class Recorder:
             key_state=used.key_state,
             replayed=used.replayed,
         )
+
+    async def _without_its_key(self, claims: HandleClaims, error_message: str) -> str:
+        """The provider's error text, which may quote the very key, in a form that no pattern knows."""
+        if not error_message or self._keyring is None:
+            return error_message
+        try:
+            profile = await self._profiles.get(claims.user_id)
+        except UserNotFound:
+            return error_message
+        key = next((key for key in profile.keys if key.id == claims.key_id), None)
+        if key is None:
+            return error_message
+        try:
+            secret = open_key(self._keyring, claims.user_id, key)
+        except Unreadable:
+            return error_message
+        return error_message.replace(secret.reveal(), STRUCK)
 
     async def _cost(
         self, claims: HandleClaims | TicketClaims, report: Report, now: datetime
@@ -203,7 +233,7 @@ def _fingerprint(report: Report) -> bytes:
     """16 bytes that stand for the whole report: the same report has the same ones.
 
     Only what was said counts, so that a field added in a later release does not change those of
-    reports without it.
+    reports without it. The error text does not: what is struck out of it may differ the next time.
     """
     said = (_said(report, ""), None if report.usage is None else _said(report.usage, 0))
     return hashlib.blake2b(repr(said).encode(), digest_size=16).digest()
@@ -214,5 +244,5 @@ def _said(part: Report | Usage, unsaid: object) -> list[tuple[str, str]]:
     return [
         (name, str(value.value if isinstance(value, Outcome) else value))
         for name, value in values
-        if value not in (None, unsaid) and not isinstance(value, Usage)
+        if value not in (None, unsaid) and not isinstance(value, Usage) and name != "error_message"
     ]

@@ -20,7 +20,7 @@ MAX_PROVIDER = 64
 MAX_MODEL = 256
 MAX_LABEL = 64
 MAX_ENDPOINT = 256
-MAX_ERROR_TEXT = 500
+MAX_ERROR_TEXT = 4000
 MAX_FAILED_HANDLES = 16
 MAX_TOKENS = 1_000_000_000
 MAX_COST_MICROS = 1_000_000_000_000
@@ -185,7 +185,7 @@ def report_from(request: routing_service_pb2.RecordRequest) -> Report:
         http_status=http_status,
         # Cut after the secrets are struck out, so that none is cut in two; and before, so that a
         # text of any length costs the same.
-        error_message=scrub(_CONTROL.sub(" ", request.error_message[: 8 * MAX_ERROR_TEXT]))[:MAX_ERROR_TEXT],
+        error_message=scrub(_CONTROL.sub(" ", request.error_message[:MAX_ERROR_TEXT])),
         retry_after=retry_after,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -59,13 +59,20 @@ def shipped_migrations() -> tuple[Migration, ...]:
     return tuple(sorted(found, key=lambda migration: migration.version))
 
 
-async def migrate(dsn: str, migrations: Sequence[Migration] | None = None) -> list[Migration]:
+async def migrate(
+    dsn: str,
+    migrations: Sequence[Migration] | None = None,
+    *,
+    on_wait: Callable[[], object] = lambda: None,
+) -> list[Migration]:
     """Bring the database at `dsn` up to date; what was applied comes back.
 
     Each migration is one transaction, and all run under an advisory lock: any number of sidecars may
-    start at once. Raises `MigrationError` when an applied migration differs from the shipped one or
-    is newer than this release, `StoreUnavailable` when the database cannot be reached, and
-    `DatabaseRefused` when it does not let us in.
+    start at once. `on_wait` hears that another one holds the lock, and is waited for.
+
+    Raises `MigrationError` when an applied migration differs from the shipped one or is newer than
+    this release, `StoreUnavailable` when the database cannot be reached, and `DatabaseRefused` when it
+    does not let us in.
     """
     try:
         connection = await asyncpg.connect(dsn, timeout=10)
@@ -73,7 +80,8 @@ async def migrate(dsn: str, migrations: Sequence[Migration] | None = None) -> li
         raise fault_of(error) from None
     try:
         try:
-            return await _migrate(connection, shipped_migrations() if migrations is None else migrations)
+            shipped = shipped_migrations() if migrations is None else migrations
+            return await _migrate(connection, shipped, on_wait)
         finally:
             await connection.close(timeout=5)
     except Exception as error:
@@ -82,9 +90,13 @@ async def migrate(dsn: str, migrations: Sequence[Migration] | None = None) -> li
         raise
 
 
-async def _migrate(connection: Connection, migrations: Sequence[Migration]) -> list[Migration]:
+async def _migrate(
+    connection: Connection, migrations: Sequence[Migration], on_wait: Callable[[], object]
+) -> list[Migration]:
     # Held by the session: it is let go when the connection closes, however that comes about.
-    await connection.execute("SELECT pg_advisory_lock($1)", _ADVISORY_LOCK)
+    if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", _ADVISORY_LOCK):
+        on_wait()
+        await connection.execute("SELECT pg_advisory_lock($1)", _ADVISORY_LOCK)
     await connection.execute(_CREATE)
     applied = {row["version"]: row for row in await connection.fetch(_APPLIED)}
     newest = max((migration.version for migration in migrations), default=0)
