@@ -228,6 +228,16 @@ async def test_a_key_that_no_pattern_knows_is_struck_out_of_its_own_error(
         assert await sql.fetchval(statement) == ("x" * 480 + " <***> is no key of ours")[:500]
 
 
+async def test_an_error_text_is_kept_to_500_characters(
+    sidecar: Sidecar, make: Factory, sql: Connection
+) -> None:
+    user = await make.user(micros=1_000)
+    answer = await sidecar.decide(user, cost_micros=10)
+    await sidecar.record(answer, pb.OUTCOME_PROVIDER_ERROR, cost_micros=1, error_message="x" * 5_000)
+    kept = await sql.fetchval("SELECT error_message FROM credit_transactions WHERE amount_micros < 0")
+    assert kept == "x" * 500
+
+
 @pytest.mark.parametrize(
     ("outcome", "fields", "least_seconds", "most_seconds"),
     [

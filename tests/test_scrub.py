@@ -103,7 +103,6 @@ def test_an_error_text_of_a_provider_is_scrubbed_before_it_is_cut() -> None:
                 credit_ticket="x", outcome=pb.OUTCOME_AUTH_REJECTED, error_message="." * before + f" {secret}"
             )
         )
-        assert len(report.error_message) <= 500
         assert "0123" not in report.error_message
         assert "sk-" not in report.error_message
 
