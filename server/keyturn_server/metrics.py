@@ -16,6 +16,8 @@ class Metrics:
             ["method", "code"],
             registry=self.registry,
         )
+        self._call_counters: dict[tuple[str, str], Counter] = {}
+        """The children of `_calls`: finding one there costs more than counting."""
         self._groups = Histogram(
             "keyturn_group_size",
             "Requests that share one statement, by kind",
@@ -34,7 +36,6 @@ class Metrics:
         self.expired_holds = Counter(
             "keyturn_expired_holds_total", "Holds released because they ran out", registry=self.registry
         )
-
         self._unavailable = Counter(
             "keyturn_store_unavailable_total",
             "Statements that the database did not take, by SQLSTATE",
@@ -48,7 +49,10 @@ class Metrics:
 
     def called(self, method: str, code: str) -> None:
         """One RPC has ended."""
-        self._calls.labels(method, code).inc()
+        counter = self._call_counters.get((method, code))
+        if counter is None:
+            counter = self._call_counters[method, code] = self._calls.labels(method, code)
+        counter.inc()
 
     def grouped(self, kind: str, size: int) -> None:
         """One group has been run."""

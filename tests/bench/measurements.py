@@ -49,7 +49,6 @@ class Gateway:
                     "bench", name=f"user-with-credits-{number:06}", micros=_BALANCE_MICROS
                 )
                 self._with_credits.append(payer)
-        await self._connection.execute("ANALYZE")
         await self._decided(self._with_keys, count)
         await self._decided(self._with_credits, count)
 
