@@ -2,13 +2,18 @@
 -- locks of the step before it waited for: inside one plain statement every part would read the
 -- snapshot from before the wait. docs/decisions/0002-ledger-functions.md
 --
+-- The functions below plan with index look-ups alone: on a young database, whose tables have no statistics
+-- yet, the cached plan would otherwise read all of credit_holds for every group.
+--
 -- Locking order, everywhere: credit_accounts by user_id, then their credit_holds; user_api_keys by
 -- (user_id, id). Nothing locks an account while it holds a key's row.
 
 -- Locks the accounts of these users, in order; those that were locked come back. Without `wait` the
 -- accounts that somebody else has locked are left out.
 CREATE FUNCTION keyturn_lock_accounts(users text[], wait boolean) RETURNS text[]
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
 DECLARE
     v_locked text[];
 BEGIN
@@ -47,7 +52,9 @@ CREATE FUNCTION keyturn_place_holds(requests keyturn_hold_request[], wait boolea
 RETURNS TABLE (ord bigint, status text, hold_id uuid, amount_micros bigint, available_micros bigint,
                created_at timestamptz, expires_at timestamptz, provider text, model text, service_type text,
                state text)
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
 #variable_conflict use_column
 DECLARE
     r          record;
@@ -198,7 +205,9 @@ CREATE TYPE keyturn_settlement AS (
 CREATE FUNCTION keyturn_settle_tickets(settlements keyturn_settlement[], wait boolean)
 RETURNS TABLE (ord bigint, status text, charged_micros bigint, released_micros bigint,
                balance_micros bigint, cost_source text)
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
 #variable_conflict use_column
 DECLARE
     r           record;
@@ -391,7 +400,9 @@ CREATE TYPE keyturn_key_record AS (
 --         busy (see above)
 CREATE FUNCTION keyturn_record_key_usage(records keyturn_key_record[], wait boolean)
 RETURNS TABLE (ord bigint, status text, cost_source text, key_state text)
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
 #variable_conflict use_column
 DECLARE
     r       record;
