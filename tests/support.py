@@ -18,8 +18,15 @@ import structlog
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
+from keyturn.v1 import (
+    credit_service_pb2_grpc,
+    flag_service_pb2_grpc,
+    key_service_pb2_grpc,
+    report_service_pb2_grpc,
+    routing_service_pb2_grpc,
+    user_service_pb2_grpc,
+)
 from keyturn.v1 import routing_service_pb2 as pb
-from keyturn.v1 import routing_service_pb2_grpc
 from keyturn_server.app import sidecar
 from keyturn_server.settings import Settings
 
@@ -74,6 +81,21 @@ class Fault(Exception):  # noqa: N818 - the word of the design
         self.details = [] if status is None else list(status.details)
 
 
+_STUBS = (
+    routing_service_pb2_grpc.RoutingServiceStub,
+    key_service_pb2_grpc.KeyServiceStub,
+    flag_service_pb2_grpc.FlagServiceStub,
+    credit_service_pb2_grpc.CreditServiceStub,
+    user_service_pb2_grpc.UserServiceStub,
+    report_service_pb2_grpc.ReportServiceStub,
+)
+
+
+def method_of(channel: grpc.aio.Channel, name: str) -> Any:
+    """The method of that name, of whatever service: no two services share one."""
+    return next(found for stub in _STUBS if (found := getattr(stub(channel), name, None)) is not None)
+
+
 @dataclass(kw_only=True)
 class Sidecar:
     """A running sidecar, as a gateway sees it. Remembers what was acknowledged, for the invariants."""
@@ -84,15 +106,10 @@ class Sidecar:
     settings: Settings
     acknowledged: list[str] = field(default_factory=list)
 
-    @property
-    def routing(self) -> Any:
-        """The bare stub."""
-        return routing_service_pb2_grpc.RoutingServiceStub(self.channel)
-
     async def call(self, method: str, request: Any, **options: Any) -> Any:
-        """One call. Raises `Fault`."""
+        """One call of a method of any service. Raises `Fault`."""
         try:
-            answer = await getattr(self.routing, method)(request, timeout=30, **options)
+            answer = await method_of(self.channel, method)(request, timeout=30, **options)
         except grpc.aio.AioRpcError as error:
             raise Fault(error.code(), error.details() or "", rpc_status.from_call(error)) from None
         if method == "Record":

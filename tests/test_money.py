@@ -14,7 +14,7 @@ from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as pb
 from keyturn_server.ids import new_id
 from tests.factories import Connection, Factory
-from tests.support import Fault, Sidecar, eventually
+from tests.support import Fault, Sidecar, eventually, method_of
 
 SUCCESS = pb.OUTCOME_SUCCESS
 
@@ -243,7 +243,9 @@ async def test_a_client_that_hangs_up_leaves_nothing_half_done(
 ) -> None:
     user = await make.user(micros=1_000_000)
     calls = [
-        sidecar.routing.Decide(pb.DecideRequest(user_id=user, provider="openai", cost_micros=1_000))
+        method_of(sidecar.channel, "Decide")(
+            pb.DecideRequest(user_id=user, provider="openai", cost_micros=1_000)
+        )
         for _ in range(300)
     ]
     await asyncio.sleep(0.01)
@@ -262,7 +264,7 @@ async def test_a_client_that_hangs_up_leaves_nothing_half_done(
     assert (await balance(sql, user))[1] >= 100 * 1_000
 
     records = [
-        sidecar.routing.Record(
+        method_of(sidecar.channel, "Record")(
             pb.RecordRequest(credit_ticket=answer.ticket.ticket, outcome=SUCCESS, cost_micros=500)
         )
         for answer in answered

@@ -26,8 +26,8 @@ from keyturn_server.profiles import Profile, StoredKey
 from keyturn_server.rate_limits import RateLimits, WindowStorage
 from keyturn_server.record import Recorder
 from keyturn_server.redeem import Redeemer
+from keyturn_server.rpc.access import Access
 from keyturn_server.rpc.guard import Guard
-from keyturn_server.rpc.routing_service import NAME as ROUTING_SERVICE
 from keyturn_server.rpc.routing_service import RoutingService
 from keyturn_server.serving import Health, Services, claimed, serving
 from keyturn_server.settings import Settings
@@ -142,18 +142,17 @@ async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
         background.start(_sweep(ledger, settings.sweep_interval, metrics, log), name="sweep")
         background.start(_forget(ledger, log), name="forget")
 
-        guard = Guard(log=log, on_call=metrics.called)
-        routing = _routing_service(
-            settings,
-            database,
-            ledger,
-            _Configurations(cache=configurations),
-            profiles,
-            keyring,
-            sealer,
-            guard,
-            metrics,
-            log,
+        parts = _Parts(
+            settings=settings,
+            database=database,
+            ledger=ledger,
+            configurations=_Configurations(cache=configurations),
+            profiles=profiles,
+            keyring=keyring,
+            sealer=sealer,
+            guard=Guard(access=Access(), log=log, on_call=metrics.called),
+            metrics=metrics,
+            log=log,
         )
         if keyring is None:
             log.warning("byok_off", reason="ENCRYPTION_KEY is not set: own keys cannot be opened or saved")
@@ -164,9 +163,8 @@ async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
                     "weak_master_key", reason="ENCRYPTION_KEY follows a pattern: see `keyturn keygen`"
                 )
         yield Services(
-            names=(ROUTING_SERVICE,),
-            add_to=routing.add_to,
-            guard=guard,
+            services=(_routing_service(parts),),
+            guard=parts.guard,
             health=health,
             metrics=metrics,
         )
@@ -331,73 +329,78 @@ async def _check_master_keys(database: Database, keyring: Keyring | None, log: A
         log.error("master_key_missing", master_key_ids=unknown, reason="stored keys under these do not open")
 
 
-def _routing_service(
-    settings: Settings,
-    database: Database,
-    ledger: Ledger,
-    configurations: _Configurations,
-    profiles: PushedCache[Profile],
-    keyring: Keyring | None,
-    sealer: TokenSealer,
-    guard: Guard,
-    metrics: Metrics,
-    log: Any,
-) -> RoutingService:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What the services are made of."""
+
+    settings: Settings
+    database: Database
+    ledger: Ledger
+    configurations: _Configurations
+    profiles: PushedCache[Profile]
+    keyring: Keyring | None
+    sealer: TokenSealer
+    guard: Guard
+    metrics: Metrics
+    log: Any
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _routing_service(parts: _Parts) -> RoutingService:
     prices = PriceBook()
-
-    def now() -> datetime:
-        return datetime.now(UTC)
-
     reported: set[tuple[str, str]] = set()
 
     def unreadable(user_id: str, key: StoredKey, error: Unreadable) -> None:
-        metrics.unreadable_keys.inc()
+        parts.metrics.unreadable_keys.inc()
         # Once for each key in this process, and bounded: every request of the user comes by here.
         if (user_id, str(key.id)) not in reported and len(reported) < 10_000:
             reported.add((user_id, str(key.id)))
-            log.error("key_unreadable", user_id=user_id, key_id=str(key.id), cause=str(error))
+            parts.log.error("key_unreadable", user_id=user_id, key_id=str(key.id), cause=str(error))
 
     limits = RateLimits(WindowStorage(max_windows=_MAX_WINDOWS))
     decider = Decider(
-        configurations=configurations,
-        profiles=profiles,
-        holds=ledger,
+        configurations=parts.configurations,
+        profiles=parts.profiles,
+        holds=parts.ledger,
         limits=limits,
-        keyring=keyring,
-        sealer=sealer,
+        keyring=parts.keyring,
+        sealer=parts.sealer,
         prices=prices,
-        default_hold_micros=settings.default_hold_micros,
-        default_ttl=settings.hold_ttl,
-        clock=now,
+        default_hold_micros=parts.settings.default_hold_micros,
+        default_ttl=parts.settings.hold_ttl,
+        clock=_now,
         on_unreadable=unreadable,
     )
     return RoutingService(
         decider=decider,
         explainer=Explainer(
             decider,
-            configurations=configurations,
-            profiles=profiles,
-            holds=ledger,
+            configurations=parts.configurations,
+            profiles=parts.profiles,
+            holds=parts.ledger,
             limits=limits,
-            keyring=keyring,
-            clock=now,
+            keyring=parts.keyring,
+            clock=_now,
         ),
         recorder=Recorder(
-            configurations=configurations,
-            profiles=profiles,
-            books=ledger,
-            keyring=keyring,
-            sealer=sealer,
+            configurations=parts.configurations,
+            profiles=parts.profiles,
+            books=parts.ledger,
+            keyring=parts.keyring,
+            sealer=parts.sealer,
             prices=prices,
-            clock=now,
-            on_key_state=profiles.expire,
+            clock=_now,
+            on_key_state=parts.profiles.expire,
         ),
         redeemer=Redeemer(
-            profiles=profiles,
-            redemptions=Redemptions(database),
-            keyring=keyring,
-            sealer=sealer,
-            clock=now,
+            profiles=parts.profiles,
+            redemptions=Redemptions(parts.database),
+            keyring=parts.keyring,
+            sealer=parts.sealer,
+            clock=_now,
         ),
-        guard=guard,
+        guard=parts.guard,
     )

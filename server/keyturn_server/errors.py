@@ -10,6 +10,17 @@
     ├── HandleExpired
     ├── HandleRedeemed
     ├── KeyGone               the key behind a handle cannot be used any more
+    ├── Unauthenticated       nobody we know calls
+    ├── PermissionDenied      somebody calls whose roles do not cover the method
+    ├── EncryptionNotConfigured
+    ├── ByokDisabled
+    ├── TierNotEligible
+    ├── ProviderDisabled
+    ├── TooManyKeys
+    ├── KeyNotFound
+    ├── LabelTaken            two keys of one user for one provider under one label
+    ├── GrantConflict         one request_id, two amounts
+    ├── LockoutNotAcknowledged
     ├── Overloaded            more is queued than can be done in time
     └── StoreUnavailable      PostgreSQL cannot be reached, or did not answer in time
         └── RowLocked         somebody else keeps a row locked that the request needs
@@ -19,7 +30,7 @@ A garbled or foreign token is `keys.tokens.InvalidToken`. Messages are safe to s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class KeyturnFault(Exception):  # noqa: N818 - faults are named for what they mean
@@ -93,6 +104,92 @@ class KeyGone(KeyturnFault):
 
     def __init__(self) -> None:
         super().__init__("The key behind this handle cannot be used any more: decide again.")
+
+
+class Unauthenticated(KeyturnFault):
+    """Nobody we know calls. Says no more than that: not what was missing, nor what would do."""
+
+    def __init__(self) -> None:
+        super().__init__("This caller is not known here.")
+
+
+class PermissionDenied(KeyturnFault):
+    """The caller is known, and none of its roles covers the method."""
+
+    def __init__(self, roles: Iterable[str]) -> None:
+        self.roles = sorted(roles)
+        super().__init__(f"This method is for the role {' or '.join(self.roles)}.")
+
+
+class EncryptionNotConfigured(KeyturnFault):
+    """There is no ENCRYPTION_KEY, so that no key can be sealed or opened."""
+
+    def __init__(self) -> None:
+        super().__init__("This sidecar has no ENCRYPTION_KEY: keys can be neither saved nor opened.")
+
+
+class ByokDisabled(KeyturnFault):
+    """Own keys are switched off for everyone."""
+
+    def __init__(self) -> None:
+        super().__init__("Own keys are switched off (byok_enabled is false).")
+
+
+class TierNotEligible(KeyturnFault):
+    """The user's tier may not bring keys."""
+
+    def __init__(self, tier: str, min_tier: str) -> None:
+        super().__init__(f"Own keys are for the tier {min_tier!r} and above; this user's is {tier!r}.")
+
+
+class ProviderDisabled(KeyturnFault):
+    """The provider is switched off."""
+
+    def __init__(self, provider: str) -> None:
+        super().__init__(f"The provider {provider!r} is switched off.")
+
+
+class TooManyKeys(KeyturnFault):
+    """The user has as many keys as a user may have, for the provider or in all."""
+
+    def __init__(self, limit: int, provider: str | None = None) -> None:
+        where = f" for the provider {provider!r}" if provider else ""
+        super().__init__(f"A user has at most {limit} keys{where}: delete one first.")
+
+
+class KeyNotFound(KeyturnFault):
+    """The user has no key by that id."""
+
+    def __init__(self, key_id: str) -> None:
+        self.key_id = key_id
+        super().__init__("The user has no such key.")
+
+
+class LabelTaken(KeyturnFault):
+    """Another key of the user for the provider has the label."""
+
+    def __init__(self) -> None:
+        super().__init__("The user has another key with this label for the provider.")
+
+
+class GrantConflict(KeyturnFault):
+    """The request id was granted before, with another amount. In micro-USD."""
+
+    def __init__(self, amount_micros: int) -> None:
+        super().__init__(
+            f"This request_id was granted before, with {amount_micros} micros: use another for another grant."
+        )
+
+
+class LockoutNotAcknowledged(KeyturnFault):
+    """The change would lock out eligible users without a usable key; nothing was changed."""
+
+    def __init__(self, locked_out_users: int) -> None:
+        self.locked_out_users = locked_out_users
+        super().__init__(
+            f"BYOK_ONLY would deny every request of {locked_out_users} eligible users without a usable key: "
+            "set acknowledge_lockout to go ahead."
+        )
 
 
 class StoreUnavailable(KeyturnFault):

@@ -9,7 +9,7 @@ import ipaddress
 import os
 import signal
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,7 @@ from prometheus_client import start_http_server
 
 from keyturn_server.errors import KeyturnFault
 from keyturn_server.metrics import Metrics
-from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Context, Guard
+from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Context, Guard, Service
 
 _MAX_SOCKET_PATH = 107
 _SERVING: int = health_pb2.HealthCheckResponse.SERVING
@@ -112,9 +112,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its packa
 class Services:
     """What is served."""
 
-    names: tuple[str, ...]
-    """The full names of the gRPC services."""
-    add_to: Callable[[grpc.aio.Server], None]
+    services: tuple[Service, ...]
     guard: Guard
     health: Health
     metrics: Metrics
@@ -151,14 +149,15 @@ async def serving(
     `AddressError`.
     """
     server = grpc.aio.server(options=_OPTIONS)
-    services.add_to(server)
+    names = tuple(service.name for service in services.services)
+    server.add_generic_rpc_handlers([services.guard.handler(service) for service in services.services])
     health_pb2_grpc.add_HealthServicer_to_server(services.health, server)
     if with_reflection:
         channelz.add_channelz_servicer(server)
         _add_reflection(
             server,
             (
-                *services.names,
+                *names,
                 health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
                 channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
                 reflection.SERVICE_NAME,
@@ -169,7 +168,7 @@ async def serving(
         bound = tuple([_bind(server, address) for address in addresses])
         if metrics_address is not None:
             _serve_metrics(metrics_address, services.metrics, stack)
-        for name in ("", *services.names):
+        for name in ("", *names):
             await services.health.report(name, well=True)
         await server.start()
         log.info("serving", addresses=list(bound))

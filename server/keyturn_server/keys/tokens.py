@@ -1,6 +1,7 @@
-"""Sealed tokens: the key handles and credit tickets that callers carry from Decide to Record.
+"""Sealed tokens: the key handles and credit tickets that callers carry from Decide to Record, and the
+page tokens that lead from one page of a list to the next.
 
-``kth1_`` (handle) or ``ktt1_`` (ticket), then base64url without padding of
+``kth1_`` (handle), ``ktt1_`` (ticket) or ``ktp1_`` (page), then base64url without padding of
 ``root id (4) | nonce (12) | ciphertext | tag (16)``: AES-256-GCM under a key that HKDF-SHA256
 derives from the root for this kind alone, with prefix and root id as associated data. The nonce is a
 keyed hash of the claims, so the same claims make the same token on every replica, and no count of
@@ -9,13 +10,14 @@ tokens uses the nonces up. The digit in the prefix changes when the layout insid
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from hashlib import blake2b
 from struct import Struct
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from cryptography.exceptions import InvalidTag
@@ -29,6 +31,8 @@ MAX_TOKEN_CHARACTERS: Final = 4096
 
 _HANDLE_PREFIX: Final = "kth1_"
 _TICKET_PREFIX: Final = "ktt1_"
+_PAGE_PREFIX: Final = "ktp1_"
+_QUERY_BYTES: Final = 16
 _ROOT_ID_BYTES: Final = 4
 _ROOT_SECRET_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
@@ -54,6 +58,8 @@ class InvalidTokenCause(StrEnum):
     """Sealed by another Keyturn, or under a root that is no longer kept."""
     TAMPERED = "tampered"
     """Its root is known, and it was changed since it was sealed."""
+    OTHER_QUERY = "other_query"
+    """A page token of another list, or of this one with other filters."""
 
 
 class InvalidToken(Exception):  # noqa: N818
@@ -128,7 +134,7 @@ class TokenSealer:
         ValueError: there is no root, or two have the same id.
     """
 
-    __slots__ = ("_handles", "_tickets")
+    __slots__ = ("_handles", "_pages", "_tickets")
 
     def __init__(self, roots: Sequence[TokenRoot]) -> None:
         if not roots:
@@ -137,6 +143,7 @@ class TokenSealer:
             raise ValueError("two token roots have the same id")
         self._handles = _Box(_HANDLE_PREFIX, roots)
         self._tickets = _Box(_TICKET_PREFIX, roots)
+        self._pages = _Box(_PAGE_PREFIX, roots)
 
     def seal_handle(self, claims: HandleClaims) -> str:
         """A ``kth1_`` token with these claims.
@@ -216,6 +223,30 @@ class TokenSealer:
             expires_at=_from_micros(expires_at),
         )
 
+    def seal_page(self, query: bytes, cursor: Sequence[str | int]) -> str:
+        """A ``ktp1_`` token for where the next page of a list begins; ``query`` is what was asked.
+
+        Raises:
+            ValueError: the cursor is so long that the token would be refused.
+        """
+        (payload,) = _encode(json.dumps(cursor, ensure_ascii=False))
+        return self._pages.seal(_fingerprint(query) + payload)
+
+    def open_page(self, query: bytes, text: str) -> list[Any]:
+        """The cursor of a ``ktp1_`` token that was sealed for the same query.
+
+        Raises:
+            InvalidToken: with the cause; see :class:`InvalidTokenCause`.
+        """
+        payload = self._pages.open(text)
+        if payload[:_QUERY_BYTES] != _fingerprint(query):
+            raise InvalidToken(
+                InvalidTokenCause.OTHER_QUERY,
+                "this page token is of another list, or of this one with other filters",
+            )
+        cursor: list[Any] = json.loads(payload[_QUERY_BYTES:])
+        return cursor
+
 
 class _Box:
     """One kind of token: its prefix, and under each root a key of its own."""
@@ -279,7 +310,11 @@ class _Box:
         )
 
 
-_NAMES: Final = {_HANDLE_PREFIX: "key handle", _TICKET_PREFIX: "credit ticket"}
+_NAMES: Final = {_HANDLE_PREFIX: "key handle", _TICKET_PREFIX: "credit ticket", _PAGE_PREFIX: "page token"}
+
+
+def _fingerprint(query: bytes) -> bytes:
+    return blake2b(query, digest_size=_QUERY_BYTES).digest()
 
 
 def _encode(*texts: str) -> list[bytes]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from datetime import timedelta
-
-from google.protobuf import duration_pb2
 
 from keyturn.v1 import policy_pb2, routing_service_pb2
 from keyturn_server.decide import Ask
@@ -13,10 +10,9 @@ from keyturn_server.errors import InvalidFields
 from keyturn_server.ledger import Outcome, Report
 from keyturn_server.prices import Usage
 from keyturn_server.routing.model import Constraint
+from keyturn_server.rpc.fields import CONTROL, MAX_ID, MAX_PROVIDER, Fields
 from keyturn_server.scrub import scrub
 
-MAX_ID = 128
-MAX_PROVIDER = 64
 MAX_MODEL = 256
 MAX_LABEL = 64
 MAX_ENDPOINT = 256
@@ -26,9 +22,7 @@ MAX_TOKENS = 1_000_000_000
 MAX_COST_MICROS = 1_000_000_000_000
 MAX_BATCH = 500
 MIN_TTL = timedelta(seconds=1)
-MAX_SPAN = timedelta(hours=24)
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _CONSTRAINTS = {
     policy_pb2.CONSTRAINT_UNSPECIFIED: Constraint.ANY,
     policy_pb2.CONSTRAINT_ANY: Constraint.ANY,
@@ -43,51 +37,9 @@ _INLINE = {
 _OUTCOMES = {routing_service_pb2.Outcome.Value(f"OUTCOME_{outcome.name}"): outcome for outcome in Outcome}
 
 
-class _Fields:
-    """Collects what is wrong with a message, so that the caller hears all of it."""
-
-    __slots__ = ("violations",)
-
-    def __init__(self) -> None:
-        self.violations: list[tuple[str, str]] = []
-
-    def text(self, field: str, value: str, most: int, *, required: bool = False) -> str:
-        if len(value) > most:
-            self.violations.append((field, f"At most {most} characters; this has {len(value)}."))
-        elif not value:
-            if required:
-                self.violations.append((field, "Required."))
-        elif not value.isprintable() and _CONTROL.search(value):
-            self.violations.append((field, "Control characters, NUL among them, are not allowed."))
-        return value
-
-    def number(self, field: str, value: int, most: int, *, least: int = 0) -> int:
-        if not least <= value <= most:
-            self.violations.append((field, f"From {least} to {most}; this is {value}."))
-            return least
-        return value
-
-    def span(
-        self, field: str, value: duration_pb2.Duration, *, least: timedelta = timedelta(0)
-    ) -> timedelta | None:
-        # Not ToTimedelta: a Duration holds spans that a timedelta does not.
-        if -(10**9) < value.nanos < 10**9 and abs(value.seconds) <= 10**9:
-            span = timedelta(seconds=value.seconds, microseconds=value.nanos // 1000)
-            if least <= span <= MAX_SPAN:
-                return span
-        self.violations.append(
-            (field, f"From {least.total_seconds():g} to {MAX_SPAN.total_seconds():g} seconds.")
-        )
-        return None
-
-    def check(self) -> None:
-        if self.violations:
-            raise InvalidFields(*self.violations)
-
-
 def ask_from(request: routing_service_pb2.DecideRequest) -> Ask:
     """The question in a DecideRequest. Raises `InvalidFields`."""
-    fields = _Fields()
+    fields = Fields()
     user_id = fields.text("user_id", request.user_id, MAX_ID, required=True)
     provider = fields.text("provider", request.provider, MAX_PROVIDER, required=True)
     request_id = fields.text("request_id", request.request_id, MAX_ID)
@@ -140,7 +92,7 @@ def ask_from(request: routing_service_pb2.DecideRequest) -> Ask:
 
 def report_from(request: routing_service_pb2.RecordRequest) -> Report:
     """The report in a RecordRequest. Raises `InvalidFields`."""
-    fields = _Fields()
+    fields = Fields()
     if request.WhichOneof("settles") is None:
         fields.violations.append(("settles", "Required: key_handle or credit_ticket."))
     if request.outcome == routing_service_pb2.OUTCOME_UNSPECIFIED:
@@ -185,7 +137,7 @@ def report_from(request: routing_service_pb2.RecordRequest) -> Report:
         http_status=http_status,
         # Cut after the secrets are struck out, so that none is cut in two; and before, so that a
         # text of any length costs the same.
-        error_message=scrub(_CONTROL.sub(" ", request.error_message[:MAX_ERROR_TEXT])),
+        error_message=scrub(CONTROL.sub(" ", request.error_message[:MAX_ERROR_TEXT])),
         retry_after=retry_after,
     )
 

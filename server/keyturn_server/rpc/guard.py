@@ -7,14 +7,18 @@ ours, and without interceptors, which cost more than a decision does.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
+from keyturn_server.access import Caller, Role
+from keyturn_server.errors import PermissionDenied
+from keyturn_server.rpc.access import Access
 from keyturn_server.rpc.status import MalformedRequest, RequestTooLarge, internal_status, status_of
 
 Request = TypeVar("Request", bound=Message)
@@ -30,42 +34,81 @@ class Log(Protocol):
     def error(self, event: str, **values: Any) -> Any: ...
 
 
-class Guard:
-    """Makes gRPC handlers of plain functions from request to response message."""
+DATA_PLANE = frozenset({Role.GATEWAY})
+"""Who may spend, record and fetch secrets."""
+READING = frozenset({Role.OPERATOR, Role.VIEWER})
+"""Who may read the control plane."""
+CHANGING = frozenset({Role.OPERATOR})
+"""Who may change what it steers."""
+ANYBODY = frozenset(Role)
+"""Whoever has any role."""
 
-    def __init__(self, *, log: Log, on_call: Callable[[str, str], None]) -> None:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method(Generic[Request]):
+    """One unary method: what it takes, what answers it, and who may call it."""
+
+    request_type: type[Request]
+    answer: Callable[[Request, Caller], Awaitable[Message]]
+    roles: frozenset[Role]
+    max_bytes: int = MAX_REQUEST_BYTES
+
+
+class Service(Protocol):
+    """A gRPC service, as its methods."""
+
+    @property
+    def name(self) -> str:
+        """Its full name."""
+
+    def methods(self) -> Mapping[str, Method[Any]]:
+        """Its methods by name, every one of them."""
+
+
+class Guard:
+    """Makes gRPC handlers of plain functions from request and caller to response message."""
+
+    def __init__(self, *, access: Access, log: Log, on_call: Callable[[str, str], None]) -> None:
+        self._access = access
         self._log = log
         self._on_call = on_call
         self.in_flight = 0
         """Calls being answered right now."""
 
-    def unary(
-        self,
-        method: str,
-        request_type: type[Request],
-        answer: Callable[[Request], Awaitable[Message]],
-        *,
-        max_bytes: int = MAX_REQUEST_BYTES,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        """A handler of a unary method. `on_call` hears of each call and the code it ended with."""
+    def handler(self, service: Service) -> grpc.GenericRpcHandler:
+        """The handler of all methods of a service."""
+        methods = {name: self._unary(name, method) for name, method in service.methods().items()}
+        return grpc.method_handlers_generic_handler(service.name, methods)
+
+    def _unary(self, name: str, method: Method[Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """`on_call` hears of each call and the code it ended with."""
+        request_type, answer, roles, max_bytes = (
+            method.request_type,
+            method.answer,
+            method.roles,
+            method.max_bytes,
+        )
 
         async def handle(body: bytes, context: Context) -> bytes:
             self.in_flight += 1
             try:
+                caller = self._access.caller_of(context)
+                if not roles & caller.roles:
+                    raise PermissionDenied(roles)
                 if len(body) > max_bytes:
                     raise RequestTooLarge(len(body), max_bytes)
                 try:
                     request = request_type.FromString(body)
                 except DecodeError:
                     raise MalformedRequest from None
-                response = await answer(request)
-                self._on_call(method, "OK")
+                response = await answer(request, caller)
+                self._on_call(name, "OK")
                 return response.SerializeToString()
             except Exception as error:
-                status = self.status(method, error)
+                status = self.status(name, error)
             finally:
                 self.in_flight -= 1
-            self._on_call(method, _CODES[status.code])
+            self._on_call(name, _CODES[status.code])
             await context.abort_with_status(rpc_status.to_status(status))
             raise AssertionError("abort returned")
 

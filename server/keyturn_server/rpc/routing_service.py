@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
-
-import grpc
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from keyturn.v1 import routing_service_pb2
+from keyturn_server.access import Caller
 from keyturn_server.errors import InvalidFields
 from keyturn_server.keys.tokens import InvalidToken
 from keyturn_server.rpc.decode import ask_from, check_batch, check_handle, report_from
 from keyturn_server.rpc.encode import decision_message, explanation_message, record_message
-from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Guard
+from keyturn_server.rpc.guard import ANYBODY, DATA_PLANE, MAX_BATCH_BYTES, Guard, Method
 from keyturn_server.rpc.status import BadToken, item_status
 
 if TYPE_CHECKING:
@@ -44,30 +43,44 @@ class RoutingService:
         self._redeemer = redeemer
         self._guard = guard
 
-    def add_to(self, server: grpc.aio.Server) -> None:
-        """Registers the methods."""
+    @property
+    def name(self) -> str:
+        """The service's full name."""
+        return NAME
+
+    def methods(self) -> dict[str, Method[Any]]:
+        """The methods by name."""
         v1 = routing_service_pb2
-        unary = self._guard.unary
-        handlers = {
-            "Decide": unary("Decide", v1.DecideRequest, self.decide),
-            "Record": unary("Record", v1.RecordRequest, self.record),
-            "Redeem": unary("Redeem", v1.RedeemRequest, self.redeem),
-            "Explain": unary("Explain", v1.ExplainRequest, self.explain),
-            "BatchDecide": unary(
-                "BatchDecide", v1.BatchDecideRequest, self.batch_decide, max_bytes=MAX_BATCH_BYTES
+        return {
+            "Decide": Method(request_type=v1.DecideRequest, answer=self.decide, roles=DATA_PLANE),
+            "Record": Method(request_type=v1.RecordRequest, answer=self.record, roles=DATA_PLANE),
+            "Redeem": Method(request_type=v1.RedeemRequest, answer=self.redeem, roles=DATA_PLANE),
+            # It says nothing that an operator may not know, and support needs it.
+            "Explain": Method(request_type=v1.ExplainRequest, answer=self.explain, roles=ANYBODY),
+            "BatchDecide": Method(
+                request_type=v1.BatchDecideRequest,
+                answer=self.batch_decide,
+                roles=DATA_PLANE,
+                max_bytes=MAX_BATCH_BYTES,
             ),
-            "BatchRecord": unary(
-                "BatchRecord", v1.BatchRecordRequest, self.batch_record, max_bytes=MAX_BATCH_BYTES
+            "BatchRecord": Method(
+                request_type=v1.BatchRecordRequest,
+                answer=self.batch_record,
+                roles=DATA_PLANE,
+                max_bytes=MAX_BATCH_BYTES,
             ),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, handlers),))
 
-    async def decide(self, request: routing_service_pb2.DecideRequest) -> routing_service_pb2.DecideResponse:
+    async def decide(
+        self, request: routing_service_pb2.DecideRequest, caller: Caller
+    ) -> routing_service_pb2.DecideResponse:
         ask = ask_from(request)
         with _tokens_in("failed_key_handles"):
             return decision_message(await self._decider.decide(ask))
 
-    async def record(self, request: routing_service_pb2.RecordRequest) -> routing_service_pb2.RecordResponse:
+    async def record(
+        self, request: routing_service_pb2.RecordRequest, caller: Caller
+    ) -> routing_service_pb2.RecordResponse:
         report = report_from(request)
         if request.WhichOneof("settles") == "credit_ticket":
             with _tokens_in("credit_ticket"):
@@ -75,37 +88,40 @@ class RoutingService:
         with _tokens_in("key_handle"):
             return record_message(await self._recorder.record_key(request.key_handle, report))
 
-    async def redeem(self, request: routing_service_pb2.RedeemRequest) -> routing_service_pb2.RedeemResponse:
+    async def redeem(
+        self, request: routing_service_pb2.RedeemRequest, caller: Caller
+    ) -> routing_service_pb2.RedeemResponse:
         check_handle(request.key_handle)
         with _tokens_in("key_handle"):
             secret = await self._redeemer.redeem(request.key_handle)
         return routing_service_pb2.RedeemResponse(secret=secret.reveal())
 
     async def explain(
-        self, request: routing_service_pb2.ExplainRequest
+        self, request: routing_service_pb2.ExplainRequest, caller: Caller
     ) -> routing_service_pb2.ExplainResponse:
         with _fields_in("decide"), _tokens_in("decide.failed_key_handles"):
             return explanation_message(*await self._explainer.explain(ask_from(request.decide)))
 
     async def batch_decide(
-        self, request: routing_service_pb2.BatchDecideRequest
+        self, request: routing_service_pb2.BatchDecideRequest, caller: Caller
     ) -> routing_service_pb2.BatchDecideResponse:
         result = routing_service_pb2.BatchDecideResult
-        results = await self._each("BatchDecide", request.requests, self.decide, result)
+        results = await self._each("BatchDecide", request.requests, caller, self.decide, result)
         return routing_service_pb2.BatchDecideResponse(results=results)
 
     async def batch_record(
-        self, request: routing_service_pb2.BatchRecordRequest
+        self, request: routing_service_pb2.BatchRecordRequest, caller: Caller
     ) -> routing_service_pb2.BatchRecordResponse:
         result = routing_service_pb2.BatchRecordResult
-        results = await self._each("BatchRecord", request.requests, self.record, result)
+        results = await self._each("BatchRecord", request.requests, caller, self.record, result)
         return routing_service_pb2.BatchRecordResponse(results=results)
 
     async def _each(
         self,
         method: str,
         items: Sequence[Item],
-        answer: Callable[[Item], Awaitable[Answer]],
+        caller: Caller,
+        answer: Callable[[Item, Caller], Awaitable[Answer]],
         result: Callable[..., Result],
     ) -> list[Result]:
         """Each item's answer or status. All at once, so that they share the ledger's statements."""
@@ -113,7 +129,7 @@ class RoutingService:
 
         async def one(item: Item) -> Result:
             try:
-                return result(response=await answer(item))
+                return result(response=await answer(item, caller))
             except Exception as error:
                 return result(status=item_status(self._guard.status(method, error)))
 

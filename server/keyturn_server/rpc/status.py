@@ -13,18 +13,29 @@ from google.rpc import error_details_pb2, status_pb2
 
 from keyturn.v1 import status_pb2 as keyturn_status_pb2
 from keyturn_server.errors import (
+    ByokDisabled,
+    EncryptionNotConfigured,
+    GrantConflict,
     HandleExpired,
     HandleRedeemed,
     HoldNotFound,
     InvalidFields,
     KeyGone,
+    KeyNotFound,
     KeyturnFault,
+    LabelTaken,
+    LockoutNotAcknowledged,
     Overloaded,
+    PermissionDenied,
+    ProviderDisabled,
     RecordConflict,
     RecordTooLate,
     RequestIdReused,
     RowLocked,
     StoreUnavailable,
+    TierNotEligible,
+    TooManyKeys,
+    Unauthenticated,
     UserNotFound,
 )
 from keyturn_server.keys.tokens import InvalidToken
@@ -48,7 +59,7 @@ class RequestTooLarge(KeyturnFault):
 
 
 class BadToken(KeyturnFault):
-    """A handle or ticket that does not open, and the field it stood in."""
+    """A sealed token that does not open, and the field it stood in."""
 
     def __init__(self, field: str, error: InvalidToken) -> None:
         self.field = field
@@ -77,6 +88,17 @@ TABLE: dict[type[Exception], Entry] = {
     HandleExpired: Entry(grpc.StatusCode.FAILED_PRECONDITION, "HANDLE_EXPIRED"),
     HandleRedeemed: Entry(grpc.StatusCode.FAILED_PRECONDITION, "HANDLE_REDEEMED"),
     KeyGone: Entry(grpc.StatusCode.FAILED_PRECONDITION, "KEY_UNUSABLE"),
+    Unauthenticated: Entry(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    PermissionDenied: Entry(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    EncryptionNotConfigured: Entry(grpc.StatusCode.FAILED_PRECONDITION, "ENCRYPTION_NOT_CONFIGURED"),
+    ByokDisabled: Entry(grpc.StatusCode.FAILED_PRECONDITION, "BYOK_DISABLED"),
+    TierNotEligible: Entry(grpc.StatusCode.FAILED_PRECONDITION, "TIER_NOT_ELIGIBLE"),
+    ProviderDisabled: Entry(grpc.StatusCode.FAILED_PRECONDITION, "PROVIDER_DISABLED"),
+    TooManyKeys: Entry(grpc.StatusCode.FAILED_PRECONDITION, "TOO_MANY_KEYS"),
+    KeyNotFound: Entry(grpc.StatusCode.NOT_FOUND, "KEY_NOT_FOUND"),
+    LabelTaken: Entry(grpc.StatusCode.ALREADY_EXISTS, "LABEL_TAKEN"),
+    GrantConflict: Entry(grpc.StatusCode.ALREADY_EXISTS, "GRANT_CONFLICT"),
+    LockoutNotAcknowledged: Entry(grpc.StatusCode.FAILED_PRECONDITION, "LOCKOUT_NOT_ACKNOWLEDGED"),
     StoreUnavailable: Entry(grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"),
     RowLocked: Entry(grpc.StatusCode.UNAVAILABLE, "ROW_LOCKED"),
     Overloaded: Entry(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
@@ -102,6 +124,10 @@ def status_of(error: Exception) -> status_pb2.Status | None:
             details.append(error_details_pb2.ResourceInfo(resource_type="user", resource_name=error.user_id))
         case HoldNotFound():
             details.append(error_details_pb2.ResourceInfo(resource_type="hold"))
+        case KeyNotFound():
+            details.append(error_details_pb2.ResourceInfo(resource_type="key", resource_name=error.key_id))
+        case LockoutNotAcknowledged():
+            info.metadata["locked_out_users"] = str(error.locked_out_users)
         case StoreUnavailable() | Overloaded():
             details.append(
                 error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=_RETRY_SECONDS))
