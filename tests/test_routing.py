@@ -485,6 +485,35 @@ async def test_explain_has_no_side_effect_and_no_secret(
     assert await sql.fetchval("SELECT count(*) FROM credit_holds") == 0
 
 
+async def test_explain_says_who_set_a_flag_and_why(sidecar: Sidecar, make: Factory, sql: Connection) -> None:
+    user = await make.user()
+
+    async def origins() -> dict[str, str]:
+        answer = await sidecar.call("Explain", explain(user))
+        return {step.check: f"{step.result}: {step.detail}" for step in answer.steps}
+
+    assert (await origins())["flag byok_only_mode"] == "false: From feature_flags."
+    async with sql.transaction():
+        await sql.execute("SELECT set_config('keyturn.actor', 'ann', true)")
+        await sql.execute("SELECT set_config('keyturn.reason', 'Credits run low', true)")
+        await make.flags(byok_only_mode=True)
+    await sql.execute("DELETE FROM feature_flags WHERE key = 'byok_uses_internal_credits'")
+
+    async def told() -> bool:
+        steps = await origins()
+        set_by_ann = steps["flag byok_only_mode"]
+        deleted = steps["flag byok_uses_internal_credits"]
+        return (
+            set_by_ann.startswith("true: From feature_flags, changed by ann at 20")
+            and set_by_ann.endswith(" UTC: 'Credits run low'.")
+            and deleted.startswith(
+                "false: The default: there is no such row in feature_flags, changed by sql:"
+            )
+        )
+
+    await eventually(told)
+
+
 async def test_a_batch_answers_each_item_in_order(sidecar: Sidecar, make: Factory, sql: Connection) -> None:
     with_key, with_credits = await make.user(), await make.user(micros=10_000)
     await make.key(with_key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from keyturn_server.prices import PriceOverride
 from keyturn_server.routing.model import Flags
@@ -31,12 +32,24 @@ class Provider:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FlagChange:
+    """Who last changed a flag, when, and why."""
+
+    key: str
+    changed_by: str
+    reason: str
+    changed_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
     """One consistent reading of everything that is set for everyone."""
 
     flags: Flags
     flags_missing: frozenset[str]
     """Keys of flag rows that do not exist, so that their defaults are in force."""
+    flag_changes: Mapping[str, FlagChange]
+    """The last change of each flag; nothing for one that is as it was shipped."""
     tiers: Mapping[str, Tier]
     tier_ranks: Mapping[str, int]
     providers: Mapping[str, Provider]

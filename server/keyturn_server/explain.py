@@ -199,15 +199,21 @@ def _flag_steps(configuration: Configuration) -> list[Step]:
         "byok_uses_internal_credits": flags.byok_uses_internal_credits,
     }
     return [
-        Step(
-            f"flag {key}",
-            str(value).lower(),
-            "The default: there is no such row in feature_flags."
-            if key in configuration.flags_missing
-            else "From feature_flags.",
-        )
-        for key, value in values.items()
+        Step(f"flag {key}", str(value).lower(), _origin(configuration, key)) for key, value in values.items()
     ]
+
+
+def _origin(configuration: Configuration, key: str) -> str:
+    """Where a flag's value comes from."""
+    change = configuration.flag_changes.get(key)
+    if key in configuration.flags_missing:
+        origin = "The default: there is no such row in feature_flags"
+    else:
+        origin = "From feature_flags"
+    if change is None:
+        return f"{origin}."
+    why = f": {change.reason!r}" if change.reason else ""
+    return f"{origin}, changed by {change.changed_by} at {change.changed_at:%Y-%m-%d %H:%M:%S} UTC{why}."
 
 
 def _tier_steps(configuration: Configuration, profile: Profile) -> list[Step]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from keyturn_server.configuration import Configuration, Provider, Tier
+from keyturn_server.configuration import Configuration, FlagChange, Provider, Tier
 from keyturn_server.keys.tokens import TokenRoot
 from keyturn_server.prices import PriceOverride
 from keyturn_server.routing.model import Flags
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from keyturn_server.store.database import Database
 
 _FLAGS = "SELECT key, is_enabled, min_tier FROM feature_flags WHERE key = ANY ($1)"
+_LAST_CHANGES = """
+SELECT DISTINCT ON (key) key, changed_by, reason, changed_at FROM feature_flag_changes
+ WHERE key = ANY ($1) ORDER BY key, id DESC
+"""
 _TIERS = "SELECT name, rank, requests_per_minute, requests_per_day FROM subscription_tiers"
 _PROVIDERS = "SELECT id, is_enabled, base_url, auth_header, auth_prefix FROM api_providers"
 _PRICES = """
@@ -40,12 +44,14 @@ async def load_configuration(database: Database) -> Configuration:
         connection.transaction(isolation="repeatable_read", readonly=True),
     ):
         flags = {row["key"]: row for row in await connection.fetch(_FLAGS, _FLAG_KEYS)}
+        changes = [FlagChange(**row) for row in await connection.fetch(_LAST_CHANGES, _FLAG_KEYS)]
         tiers = [Tier(**row) for row in await connection.fetch(_TIERS)]
         providers = [Provider(**row) for row in await connection.fetch(_PROVIDERS)]
         prices = [PriceOverride(**row) for row in await connection.fetch(_PRICES)]
     return Configuration(
         flags=_flags(flags),
         flags_missing=frozenset(_FLAG_KEYS) - flags.keys(),
+        flag_changes={change.key: change for change in changes},
         tiers={tier.name: tier for tier in tiers},
         tier_ranks={tier.name: tier.rank for tier in tiers},
         providers={provider.id: provider for provider in providers},
