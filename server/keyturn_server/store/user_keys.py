@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,10 @@ SELECT u.subscription_tier, k.*
  WHERE u.id = $1
  ORDER BY k.provider, k.priority, k.created_at, k.id
 """
+# Many may change one user's keys at once, and each waits for those before it: longer than the ledger
+# waits, so in few connections, that the ledger has the rest.
+_MOST_AT_ONCE = 2
+_WAIT_FOR_OWNER = "SET LOCAL lock_timeout = '2s'"
 # Before the keys' own rows, which records lock; nothing locks it while it holds those.
 _LOCK_OWNER = "SELECT id FROM users WHERE id = $1 FOR NO KEY UPDATE"
 _KEYS = "SELECT * FROM user_api_keys WHERE user_id = $1"
@@ -72,6 +77,7 @@ class UserKeyRows:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._turns = asyncio.Semaphore(_MOST_AT_ONCE)
 
     async def load(self, user_id: str) -> KeyOwner:
         """The user's tier and keys, read in one statement."""
@@ -152,7 +158,12 @@ class UserKeyRows:
     @asynccontextmanager
     async def _owner_locked(self, user_id: str) -> AsyncIterator[PoolConnection]:
         """A transaction in which nobody else here changes keys of this user. Raises `UserNotFound`."""
-        async with self._database.connection() as connection, connection.transaction():
+        async with (
+            self._turns,
+            self._database.connection() as connection,
+            connection.transaction(),
+        ):
+            await connection.execute(_WAIT_FOR_OWNER)
             if await connection.fetchval(_LOCK_OWNER, user_id) is None:
                 raise UserNotFound(user_id)
             yield connection
