@@ -42,7 +42,7 @@ def decision_message(decision: Decision) -> routing_service_pb2.DecideResponse:
                     ticket=route.ticket,
                     hold_micros=route.hold_micros,
                     available_micros=route.available_micros,
-                    expire_time=_timestamp(route.expires_at),
+                    expire_time=timestamp(route.expires_at),
                 )
             )
         case Denied() as denied:
@@ -67,7 +67,7 @@ def _key(route: KeyRoute) -> routing_service_pb2.KeyHandle:
         secret=route.secret.reveal() if route.secret is not None else "",
         auth=routing_service_pb2.KeyHandle.Auth(header=provider.auth_header, prefix=provider.auth_prefix),
         base_url=provider.base_url,
-        expire_time=_timestamp(route.expires_at),
+        expire_time=timestamp(route.expires_at),
     )
 
 
@@ -106,7 +106,8 @@ def record_message(recorded: Recorded) -> routing_service_pb2.RecordResponse:
     )
 
 
-def _timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
+def timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
+    """A moment, as messages hold one."""
     span = moment - _EPOCH
     return timestamp_pb2.Timestamp(seconds=span // _SECOND, nanos=span.microseconds * 1000)
 
