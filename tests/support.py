@@ -179,7 +179,7 @@ async def running_sidecar(dsn: str, **changes: Any) -> AsyncIterator[Sidecar]:
         settings = make_settings(dsn, address, **changes)
         log = io.StringIO()
         async with (
-            in_own_task(sidecar(settings, log=log_into(log))) as addresses,
+            in_own_task(sidecar(settings, log=log_into(log), audit=log)) as addresses,
             # A channel of its own for each: gRPC shares connections between channels that look alike.
             grpc.aio.insecure_channel(
                 addresses[0], options=[("grpc.use_local_subchannel_pool", 1)]

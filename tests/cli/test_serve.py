@@ -15,7 +15,7 @@ import pytest
 from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as pb
 from keyturn.v1 import routing_service_pb2_grpc
-from keyturn_server.serving import AddressError, claimed
+from keyturn_server.serving import AddressError, Admission, claimed
 from tests.cli.command import Finished, Served, free_port, keyturn, serving
 from tests.factories import Factory
 from tests.support import MASTER_KEY, temporary_directory
@@ -68,9 +68,9 @@ OFF_LIMITS = {
 GARBAGE = ("", "nonsense", ":50051", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:http", "unix-abstract:x")
 
 
-def refusal(address: str, *, insecure_loopback: bool = False) -> str:
+def refusal(address: str, **admission: Any) -> str:
     """Why an address is not listened on."""
-    with pytest.raises(AddressError) as caught, claimed([address], insecure_loopback=insecure_loopback):
+    with pytest.raises(AddressError) as caught, claimed([address], Admission(**admission)):
         pass
     return str(caught.value)
 
