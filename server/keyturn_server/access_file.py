@@ -146,10 +146,10 @@ class _Reader:
 
     def _roles(self, place: str, given: object) -> frozenset[Role]:
         known = {role.value: role for role in Role}
-        if not isinstance(given, list) or not given or not all(each in known for each in given):
+        if not isinstance(given, list) or not given or not all(str(each) in known for each in given):
             self.problems.append(f"{place}.roles: a list of at least one of {', '.join(known)}")
             return frozenset()
-        return frozenset(known[each] for each in given)
+        return frozenset(known[str(each)] for each in given)
 
     def _texts(self, place: str, given: object) -> list[str]:
         if isinstance(given, str):

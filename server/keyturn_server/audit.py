@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from json.encoder import encode_basestring as quoted
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Protocol
 from uuid import UUID
 
@@ -44,8 +44,9 @@ class Audit:
     ) -> None:
         """A secret leaves for `caller`, by the method `by`. Written within a few milliseconds.
 
-        The ids are not scrubbed. It would cost more than all the rest, and might strike out what the
-        line is there for; and a user who has a key has an id that is in the tables anyway.
+        Escaped to ASCII, since some readers end a line at U+2028. The ids are not scrubbed: it would
+        cost more than all the rest, and might strike out what the line is there for; and a user who
+        has a key has an id that is in the tables anyway.
         """
         if not self._lines:
             asyncio.get_running_loop().call_later(_LONGEST_WAIT.total_seconds(), self.flush)
@@ -60,7 +61,7 @@ class Audit:
         self.flush()
         event = {"caller": caller.name, "action": action, **facts, "event": OPERATOR_CHANGE}
         line = scrub_event(None, "info", {**event, "level": "info", "timestamp": _now()})
-        self._write(f"{json.dumps(line, ensure_ascii=False)}\n", 1)
+        self._write(f"{json.dumps(line)}\n", 1)
 
     def flush(self) -> None:
         """Write what waits."""
