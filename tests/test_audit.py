@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
 import re
 import secrets
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import grpc
 import pytest
 
 from keyturn.v1 import routing_service_pb2 as pb
@@ -18,8 +21,17 @@ from keyturn_server.access import ALL_ROLES, Caller
 from keyturn_server.audit import Audit, open_audit
 from keyturn_server.ids import new_id
 from keyturn_server.logs import LineWriter
+from tests.cli.command import environment_of
 from tests.factories import Factory
-from tests.support import Fault, Sidecar, eventually, running_sidecar
+from tests.support import (
+    MASTER_KEY,
+    Fault,
+    Sidecar,
+    eventually,
+    method_of,
+    running_sidecar,
+    temporary_directory,
+)
 from tests.test_access import handed_out
 from tests.test_docs import OPERATING, blocks, section
 
@@ -198,6 +210,38 @@ async def test_whoever_logs_does_not_wait_for_a_reader() -> None:
     assert notice["lines"] >= 2
     assert got.count(line.rstrip()) == written
     assert got[-1] == "after"
+
+
+async def test_a_sidecar_whose_log_nobody_reads_answers(database: str, make: Factory) -> None:
+    user = await make.user()
+    await make.key(user)
+    request = pb.DecideRequest(user_id=user, provider="openai", key_delivery=INLINE)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writing, bytes(4096)):
+            pass
+    os.set_blocking(writing, True)
+    async with temporary_directory() as directory:
+        address = f"unix:{directory}/run/s"
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "keyturn_server", "serve", "--listen", address),
+            stderr=writing,
+            cwd="/",
+            env=environment_of(KEYTURN_DATABASE_URL=database, ENCRYPTION_KEY=MASTER_KEY),
+        )
+        try:
+            async with grpc.aio.insecure_channel(address) as channel:
+                decide = method_of(channel, "Decide")
+                for _ in range(200):
+                    answer = await decide(request, timeout=60, wait_for_ready=True)
+                    assert answer.key.secret
+                assert process.returncode is None
+        finally:
+            process.kill()
+            await process.wait()
+            os.close(writing)
+            os.close(reading)
 
 
 async def test_a_log_that_nobody_ever_reads_does_not_keep_the_process(monkeypatch: Any) -> None:

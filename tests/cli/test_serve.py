@@ -158,7 +158,7 @@ async def test_it_serves_on_tcp_with_tls_and_an_access_file(database: str) -> No
             async with serving(
                 directory, *listen, *tls, *access, *more, KEYTURN_DATABASE_URL=database
             ) as served:
-                address = served.addresses[0].replace("0.0.0.0", "127.0.0.1")
+                address = f"127.0.0.1:{served.addresses[0].rpartition(':')[2]}"
                 where = {"KEYTURN_ADDRESS": address}
                 plain, nobody, by_token, by_variable, by_certificate, elsewhere = await asyncio.gather(
                     keyturn("health", **where),
