@@ -110,11 +110,12 @@ async def babble(seen: Seen, writer: asyncio.StreamWriter) -> None:
 
 
 async def flood(seen: Seen, writer: asyncio.StreamWriter) -> None:
-    """A refusal of 64 MiB, for as long as somebody reads it."""
-    writer.write(b"HTTP/1.1 401 So\r\ncontent-length: 67108864\r\n\r\n")
+    """The first 64 MiB of a refusal of a gigabyte, for as long as somebody reads; and then nothing more."""
+    writer.write(b"HTTP/1.1 401 So\r\ncontent-length: 1073741824\r\n\r\n")
     for _ in range(1024):
         writer.write(b"x" * 65536)
         await writer.drain()
+    await hang(seen, writer)
 
 
 async def redirect(seen: Seen, writer: asyncio.StreamWriter) -> None:

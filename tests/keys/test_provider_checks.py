@@ -114,7 +114,7 @@ ANSWERS: dict[str, tuple[play.Behaviour, KeyCheck, str]] = {
     "a reset": (play.reset, UNVERIFIED, "The provider cannot be reached."),
     "a closed connection": (play.close, UNVERIFIED, "The provider cannot be reached."),
     "no HTTP": (play.babble, UNVERIFIED, "The provider cannot be reached."),
-    "64 MiB": (play.flood, INVALID, f"{REFUSED} (401)."),
+    "a gigabyte": (play.flood, INVALID, f"{REFUSED} (401)."),
 }
 
 
