@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -255,12 +256,12 @@ def _seen(head: str) -> Seen:
 
 
 @asynccontextmanager
-async def playing_providers() -> AsyncIterator[Providers]:
+async def playing_providers(*, tls: ssl.SSLContext | None = None) -> AsyncIterator[Providers]:
     """The server, on a port of 127.0.0.1."""
     providers = Providers()
-    server = await asyncio.start_server(providers.accept_connection, "127.0.0.1", 0)
+    server = await asyncio.start_server(providers.accept_connection, "127.0.0.1", 0, ssl=tls)
     host, port = server.sockets[0].getsockname()
-    providers.url = f"http://{host}:{port}"
+    providers.url = f"{'https' if tls else 'http'}://{host}:{port}"
     try:
         yield providers
     finally:
