@@ -12,10 +12,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from keyturn.address import default_socket
+from keyturn_server.access import Caller
 from keyturn_server.configuration import Configuration
 from keyturn_server.decide import Decider
 from keyturn_server.errors import KeyturnFault, StoreUnavailable
 from keyturn_server.explain import Explainer
+from keyturn_server.flags import FlagSetter
 from keyturn_server.freshness import PushedCache
 from keyturn_server.keys.envelope import Unreadable
 from keyturn_server.keys.keyring import Keyring
@@ -27,17 +29,22 @@ from keyturn_server.rate_limits import RateLimits, WindowStorage
 from keyturn_server.record import Recorder
 from keyturn_server.redeem import Redeemer
 from keyturn_server.rpc.access import Access
+from keyturn_server.rpc.flag_service import FlagService
 from keyturn_server.rpc.guard import Guard
+from keyturn_server.rpc.pages import Pages
 from keyturn_server.rpc.routing_service import RoutingService
 from keyturn_server.serving import Health, Services, claimed, serving
 from keyturn_server.settings import Settings
+from keyturn_server.simulation import Simulator
 from keyturn_server.store.database import Database, open_database
+from keyturn_server.store.flags import FlagTable
 from keyturn_server.store.ledger import Ledger, open_ledger
 from keyturn_server.store.migrate import migrate
 from keyturn_server.store.people import LEGACY, load_master_key_ids, load_profile
 from keyturn_server.store.push import Push
 from keyturn_server.store.redemptions import Redemptions
 from keyturn_server.store.settings import load_configuration, load_token_roots
+from keyturn_server.store.simulation import RequestLog
 
 PUSH_SERVICE = "keyturn.push"
 """The name under which health tells whether changes in the database are announced."""
@@ -163,7 +170,7 @@ async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
                     "weak_master_key", reason="ENCRYPTION_KEY follows a pattern: see `keyturn keygen`"
                 )
         yield Services(
-            services=(_routing_service(parts),),
+            services=(_routing_service(parts), _flag_service(parts)),
             guard=parts.guard,
             health=health,
             metrics=metrics,
@@ -403,4 +410,33 @@ def _routing_service(parts: _Parts) -> RoutingService:
             clock=_now,
         ),
         guard=parts.guard,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _LoggedChanges:
+    """Writes a line of the log for every change that an operator makes."""
+
+    log: Any
+
+    def changed(self, caller: Caller, action: str, **facts: str | int | bool) -> None:
+        self.log.info("operator_change", action=action, caller=caller.name, **facts)
+
+
+def _flag_service(parts: _Parts) -> FlagService:
+    table = FlagTable(parts.database)
+
+    async def changed() -> None:
+        await parts.configurations.cache.expire(_EVERYTHING)
+
+    return FlagService(
+        reader=table,
+        setter=FlagSetter(table, on_change=changed),
+        simulator=Simulator(
+            RequestLog(parts.database),
+            keyring=parts.keyring,
+            default_hold_micros=parts.settings.default_hold_micros,
+        ),
+        pages=Pages(parts.sealer),
+        audit=_LoggedChanges(parts.log),
     )
