@@ -37,8 +37,10 @@ from keyturn_server.routing.policy import choose_route, conclude
 
 MOST_MOVES = 40_000
 """More would not fit into the 4 MiB that gRPC's clients take by default."""
-_MOST_ASKING = 5
-_MOST_KEPT = 16
+MOST_ASKING = 5
+"""Who simulates and who waits for it; one more is refused."""
+MOST_KEPT = 16
+"""Simulations of a sidecar whose denials it keeps."""
 _MOST_KEPT_BYTES = 64 * 1024 * 1024
 _KEEPING = timedelta(minutes=10)
 _IN_A_BLOCK = 500
@@ -215,7 +217,7 @@ def verdict_of(
 
 
 class PackedDenials:
-    """Denials in the order of user and provider, packed to some 15 bytes each.
+    """Denials in the order of user and provider, packed to some 10 bytes each.
 
     Counts all that are added, and keeps those after a place, as many as fit into `most_bytes`.
     """
@@ -265,7 +267,7 @@ def _place_of(one: DeniedUser) -> tuple[str, str]:
     return one.user_id, one.provider
 
 
-class _Kept:
+class KeptSimulations:
     """The last simulations, for their further pages: for some minutes, and bounded in number and bytes."""
 
     def __init__(self, *, most_bytes: int) -> None:
@@ -274,14 +276,16 @@ class _Kept:
         self._timers: dict[UUID, asyncio.TimerHandle] = {}
 
     def get(self, simulation_id: UUID) -> Simulation | None:
+        """The simulation without its moves, if it is still kept."""
         return self._simulations.get(simulation_id)
 
     def keep(self, simulation: Simulation) -> None:
+        """Keeps it, and drops the oldest ones where there are too many."""
         self._drop(simulation.id)
         total_bytes = simulation.denials.packed_bytes
         for number, kept in enumerate(reversed(list(self._simulations.values())), start=2):
             total_bytes += kept.denials.packed_bytes
-            if number > _MOST_KEPT or total_bytes > self._most_bytes:
+            if number > MOST_KEPT or total_bytes > self._most_bytes:
                 self._drop(kept.id)
         # The moves have been told with the first page.
         self._simulations[simulation.id] = replace(simulation, moves=())
@@ -310,7 +314,7 @@ class Simulator:
         self._keyring = keyring
         self._default_hold_micros = default_hold_micros
         self._most_kept_bytes = most_kept_bytes
-        self._kept = _Kept(most_bytes=most_kept_bytes)
+        self._kept = KeptSimulations(most_bytes=most_kept_bytes)
         self._turn = asyncio.Lock()
         self._asking = 0
 
@@ -322,7 +326,7 @@ class Simulator:
         """
         if (page := self._kept_page(ask)) is not None:
             return page
-        if self._asking >= _MOST_ASKING:
+        if self._asking >= MOST_ASKING:
             raise Overloaded
         self._asking += 1
         try:
