@@ -14,11 +14,12 @@ from tests.support import MASTER_KEY, temporary_directory
 OPTIONS = {
     ("serve",): {"listen", "embedded", "reflection", "insecure-loopback", "metrics"},
     ("db", "migrate"): {"embedded"},
+    ("db", "check"): {"embedded", "deep", "json"},
     ("keys", "rotate"): {"embedded", "batch", "dry-run", "force", "json"},
     ("demo",): {"once"},
     ("keygen",): set(),
 }
-NOT_IN_THE_ENVIRONMENT = {"once", "batch", "dry-run", "force", "json"}
+NOT_IN_THE_ENVIRONMENT = {"once", "batch", "deep", "dry-run", "force", "json"}
 
 
 async def test_the_help_of_each_command_shows_every_option_with_its_variable() -> None:

@@ -101,7 +101,7 @@ async def applied_migrations(connection: Connection | PoolConnection) -> list[Ap
         raise MigrationError("This role may not read the table schema_migrations.") from None
     except (asyncpg.UndefinedColumnError, asyncpg.WrongObjectTypeError):
         raise MigrationError(
-            "The table schema_migrations is another program's: give Keyturn a schema of its own. "
+            "The table schema_migrations is another program's, so Keyturn needs a schema of its own: "
             "`keyturn db check` says how."
         ) from None
 
