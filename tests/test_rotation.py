@@ -243,20 +243,28 @@ def sealed_again(user: str, key: UUID, text: str) -> str:
     return seal(KEYRING, Secret(text), user_id=user, provider="openai", row_id=key)
 
 
+@pytest.mark.parametrize("under", [OLD, "legacy"])
 async def test_a_row_that_somebody_has_locked_is_waited_for_by_nobody(
-    rows: SealedKeyRows, database: str, make: Factory, sql: Connection, monkeypatch: pytest.MonkeyPatch
+    rows: SealedKeyRows,
+    database: str,
+    make: Factory,
+    sql: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    under: str,
 ) -> None:
     made = await some_keys(make)
     monkeypatch.setattr(rotation_module, "_PAUSE_SECONDS", 0.01)
-    locked = next(iter(made))
+    locked = await sql.fetchval(
+        "SELECT id FROM user_api_keys WHERE keyturn_master_key_id(encrypted_key) = $1 LIMIT 1", under
+    )
     holder: Connection = await asyncpg.connect(database)
     transaction = holder.transaction()
     await transaction.start()
     try:
         await holder.execute("SELECT FROM user_api_keys WHERE id = $1 FOR UPDATE", locked)
         outcome = await rotated(rows)
-        assert (outcome.is_done, outcome.left, outcome.removable) == (False, {OLD: 1}, ())
-        assert await resting(sql) == {NEW: 47, OLD: 1}
+        assert (outcome.is_done, outcome.left, outcome.removable) == (False, {under: 1}, ())
+        assert await resting(sql) == {NEW: 47, under: 1}
     finally:
         await transaction.rollback()
         await holder.close()

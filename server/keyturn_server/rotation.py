@@ -187,8 +187,10 @@ class Rotation:
     ) -> None:
         """Once over every key that rests under another master key."""
         pages = 0
+        now = asyncio.get_running_loop().time
         for master_key_id in await self._keys.counts(beside=self._keyring.current.id):
             after: SealedKey | None = None
+            began = now()
             while page := await self._keys.page(master_key_id, after=after, at_most=self._batch):
                 after = page[-1]
                 changes = self._sealed_anew(master_key_id, page, round_)
@@ -203,6 +205,9 @@ class Rotation:
                 pages += 1
                 if pages % _PAGES_BETWEEN_LOOKS == 0:
                     await self._look_for_sidecars()
+                # As long as the work took: what serves requests has at least half of the machine.
+                await asyncio.sleep(now() - began)
+                began = now()
 
     def _sealed_anew(
         self, master_key_id: str, page: Sequence[SealedKey], round_: _Round

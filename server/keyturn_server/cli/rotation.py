@@ -30,6 +30,7 @@ from keyturn_server.store.migrate import require_migrated
 from keyturn_server.store.rotation import SealedKeyRows
 
 _STATEMENT_LIMIT = timedelta(minutes=2)  # counting a large table takes its time
+_LOCK_LIMIT = timedelta(seconds=10)  # of a table, while somebody alters it: rows are not waited for
 _MOST_SHOWN = 20
 _LINE_SECONDS = 5
 
@@ -115,6 +116,7 @@ async def _rotate(settings: Settings, *, batch: int, dry_run: bool, force: bool)
                 connections=1,
                 connect_timeout=settings.connect_timeout,
                 statement_timeout=_STATEMENT_LIMIT,
+                lock_timeout=_LOCK_LIMIT,
             )
         )
         await require_migrated(database)
