@@ -6,7 +6,7 @@ PROTOS := $(wildcard protos/keyturn/v1/*.proto)
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup protos demo serve test check fmt bench bench-simulate clean release-protos
+.PHONY: help setup protos demo serve test check fmt bench bench-simulate clean release-protos schema
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ fmt: setup ## format code and protos
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/buf format --write protos
+
+schema: setup ## write down what the migrations make, for `keyturn db check`
+	$(BIN)/python -m tests.schema
 
 release-protos: setup ## make today's protos the ones that later ones must stay compatible with
 	$(BIN)/buf build protos --exclude-source-info --output protos/released.json

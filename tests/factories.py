@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+from base64 import b64encode
 from typing import Any, TypeAlias
 from uuid import UUID
 
 import asyncpg
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from keyturn.secret import Secret
 from keyturn_server.ids import new_id
@@ -19,6 +22,13 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 _KEYRING = Keyring.from_settings(MASTER_KEY, [])
 assert _KEYRING is not None
 KEYRING: Keyring = _KEYRING
+
+
+def legacy_sealed(secret: str, *, master_key: str = MASTER_KEY) -> str:
+    """A ciphertext as the Node gateways wrote it."""
+    iv = os.urandom(16)
+    sealed = AESGCM(bytes.fromhex(master_key)).encrypt(iv, secret.encode(), None)
+    return b64encode(iv + sealed[-16:] + sealed[:-16]).decode()
 
 
 class Factory:

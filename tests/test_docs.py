@@ -33,8 +33,8 @@ from keyturn_server.routing.policy import choose_route
 from keyturn_server.rpc import status
 from keyturn_server.settings import ConnectionSettings, Settings, read_settings
 from tests.cli.command import keyturn
-from tests.factories import Connection, Factory
-from tests.support import Sidecar, temporary_directory
+from tests.factories import Connection, Factory, legacy_sealed
+from tests.support import MASTER_KEY, Sidecar, temporary_directory
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -49,6 +49,7 @@ DOCUMENTS = sorted(
 )
 
 SECRET = "sk-test-0123456789abcdef0123"
+NEW_MASTER_KEY = "b7e151628aed2a6abf7158809cf4f3c762e7160f38b4da56a784d9045190cfef"
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -415,6 +416,24 @@ async def test_the_sql_of_the_operating_page_runs_and_finds_something(
         if "keyturn_grant_credits" in block:
             await traffic_of("u1", sidecar, make)
     assert found >= 10
+
+
+async def test_the_master_key_is_replaced_as_the_operating_page_says(database: str, make: Factory) -> None:
+    user = await make.user()
+    for number in range(300):
+        legacy: dict[str, Any] = {"encrypted_key": legacy_sealed("sk")} if number % 5 == 0 else {}
+        await make.key(user, **legacy)
+    page = section(OPERATING, "Master keys").replace("\n   ", "\n")
+    keygen, *commands = blocks(page, "sh")
+    shown = blocks(page, "text")
+    assert len(commands) == len(shown) == 2
+    seconds = re.compile(r"in [0-9.]+ s")
+    set_ = f"export KEYTURN_DATABASE_URL='{database}' ENCRYPTION_KEYS_RETIRED={MASTER_KEY} ENCRYPTION_KEY="
+    async with temporary_directory() as directory:
+        assert re.fullmatch(r"[0-9a-f]{64}\n", await shell(keygen, directory))
+        for command, output in zip(commands, shown, strict=True):
+            printed = await shell(f"{set_}{NEW_MASTER_KEY}\n{command}", directory)
+            assert seconds.sub("in 0 s", printed) == seconds.sub("in 0 s", output)
 
 
 async def traffic_of(user_id: str, sidecar: Sidecar, make: Factory) -> None:

@@ -227,7 +227,7 @@ async def push_metric(sidecar: Sidecar) -> str:
 
 TERMINATE_PUSH = """
 SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
- WHERE datname = current_database() AND application_name = 'keyturn push'
+ WHERE datname = current_database() AND application_name LIKE 'keyturn push%'
 """
 
 

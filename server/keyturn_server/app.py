@@ -181,7 +181,10 @@ async def _services(
             max_entries=settings.cached_profiles,
         )
         background = await stack.enter_async_context(_Background())
-        await _start_push(dsn, database, settings, configurations, profiles, metrics, health, log, background)
+        await _start_push(
+            *(dsn, database, settings, configurations, profiles, metrics, health, log, background),
+            master_key_id=keyring.current.id if keyring else None,
+        )
         background.start(_sweep(ledger, settings.sweep_interval, metrics, log), name="sweep")
         background.start(_forget(ledger, log), name="forget")
         background.start(_reload(admission, metrics, log), name="reload")
@@ -361,6 +364,8 @@ async def _start_push(
     health: Health,
     log: Any,
     background: _Background,
+    *,
+    master_key_id: str | None,
 ) -> None:
     """Listen for changes; back when the first connection listens and everything has been read."""
     first_up = asyncio.Event()
@@ -401,6 +406,7 @@ async def _start_push(
         on_down=down,
         on_change=changed,
         log=log,
+        master_key_id=master_key_id,
     )
     background.start(push.run(), name="push")
     try:

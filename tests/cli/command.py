@@ -71,6 +71,26 @@ async def keyturn(*arguments: str, **variables: str) -> Finished:
     return Finished(process.returncode or 0, out.decode(), err.decode())
 
 
+@asynccontextmanager
+async def rotating(
+    *arguments: str, database: str, current: str, retired: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`keyturn keys rotate` as it runs. What still runs at the end of the block is killed."""
+    nowhere = asyncio.subprocess.DEVNULL
+    variables = {
+        "KEYTURN_DATABASE_URL": database,
+        "ENCRYPTION_KEY": current,
+        "ENCRYPTION_KEYS_RETIRED": retired,
+    }
+    process = await _start("keys", "rotate", *arguments, stdout=nowhere, stderr=nowhere, variables=variables)
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 @dataclass(kw_only=True)
 class Served:
     """A running `keyturn serve`."""
@@ -149,7 +169,7 @@ async def embedded(
     """A sidecar with a database of its own in `directory`, and a channel to it."""
     places = ("--embedded", str(directory / "pg"), "--listen", f"unix:{directory}/run/s")
     async with (
-        serving(directory, *places, *arguments, ENCRYPTION_KEY=MASTER_KEY, **variables) as served,
+        serving(directory, *places, *arguments, **{"ENCRYPTION_KEY": MASTER_KEY, **variables}) as served,
         served.channel() as channel,
     ):
         yield served, channel

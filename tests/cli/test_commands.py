@@ -28,12 +28,14 @@ OPTIONS = {
         "metrics",
     },
     ("db", "migrate"): {"embedded"},
+    ("db", "check"): {"embedded", "deep", "json"},
+    ("keys", "rotate"): {"embedded", "batch", "dry-run", "force", "json"},
     ("demo",): {"once"},
     ("keygen",): set(),
     ("health",): {"address", "token-file", "ca"},
     ("token",): {"role"},
 }
-NOT_IN_THE_ENVIRONMENT = {"once", "role"}
+NOT_IN_THE_ENVIRONMENT = {"once", "role", "batch", "deep", "dry-run", "force", "json"}
 
 
 async def test_the_help_of_each_command_shows_every_option_with_its_variable() -> None:

@@ -19,7 +19,7 @@ import asyncpg
 import pytest
 
 from keyturn_server.store import embedded
-from keyturn_server.store.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from keyturn_server.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, existing_database
 
 FAST = {"fsync": "off"}
 AS_ROOT = os.geteuid() == 0
@@ -70,13 +70,15 @@ AS_USER = """
 import asyncio, os, sys
 from pathlib import Path
 import asyncpg, asyncpg.connect_utils
-from keyturn_server.store.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from keyturn_server.store.embedded import EmbeddedPostgres, EmbeddedPostgresError, existing_database
 os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
 
 async def main():
     try:
         if sys.argv[2] == "connect":
             await asyncpg.connect(sys.argv[3])
+        elif sys.argv[2] == "use":
+            await existing_database(Path(sys.argv[3])).__aenter__()
         else:
             await EmbeddedPostgres(Path(sys.argv[3])).__aenter__()
     except (OSError, asyncpg.PostgresError, EmbeddedPostgresError) as error:
@@ -543,3 +545,63 @@ async def test_a_directory_that_the_server_cannot_enter_is_named(directory: Path
     with pytest.raises(EmbeddedPostgresError, match="chmod o\\+x") as refused:
         await EmbeddedPostgres(directory / "inner").__aenter__()
     assert f"cannot enter {directory} " in str(refused.value)
+
+
+# -- beside the sidecar that runs it -----------------------------------------------------------------------
+
+
+async def database_of(dsn: str) -> str:
+    """The data directory of the server behind a dsn."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        return str(await connection.fetchval("SHOW data_directory"))
+    finally:
+        await connection.close()
+
+
+async def test_another_process_uses_the_server_that_runs_and_leaves_it_running(existing: Path) -> None:
+    async with owner_of(existing) as owner:
+        pid = int(await first_line(owner))
+        for _ in range(2):
+            async with existing_database(existing) as dsn:
+                assert await database_of(dsn) == str(existing / "data")
+        assert (existing / "data/postmaster.pid").read_text().startswith(f"{pid}\n")
+        assert processes_in(existing)
+    async with existing_database(existing) as dsn:
+        assert await database_of(dsn) == str(existing / "data")
+        assert not (existing / "data/postmaster.pid").read_text().startswith(f"{pid}\n")
+    assert processes_in(existing) == []
+
+
+async def test_another_process_waits_for_the_server_that_is_starting(existing: Path) -> None:
+    async with owner_of(existing) as owner:
+        await until(lambda: (existing / "lock").exists() and embedded._is_held(existing / "lock"))
+        async with existing_database(existing) as dsn:
+            pid = int(await first_line(owner))
+            assert await database_of(dsn) == str(existing / "data")
+            assert (existing / "data/postmaster.pid").read_text().startswith(f"{pid}\n")
+    await until(lambda: not processes_in(existing))
+
+
+async def test_a_server_whose_directory_has_too_long_a_path_is_found_as_well(template: Path) -> None:
+    with reachable_directory() as parent:
+        directory = parent / ("x" * 100) / "cluster"
+        directory.parent.mkdir(mode=0o755)
+        subprocess.run(["cp", "-a", template, directory], check=True)
+        async with EmbeddedPostgres(directory, settings=FAST), existing_database(directory) as dsn:
+            assert await database_of(dsn) == str(directory / "data")
+
+
+async def test_where_no_database_is_none_is_made(directory: Path) -> None:
+    with pytest.raises(EmbeddedPostgresError, match="There is no embedded PostgreSQL in"):
+        async with existing_database(directory):
+            pass
+    assert not directory.exists()
+
+
+@root_only
+async def test_another_user_is_told_whose_server_it_is(existing: Path) -> None:
+    async with EmbeddedPostgres(existing, settings=FAST):
+        said = run_as(54321, "use", str(existing))
+        assert said.startswith("EmbeddedPostgresError")
+        assert "run this as the user of its sidecar" in said

@@ -151,8 +151,7 @@ class EmbeddedPostgres:
     @property
     def dsn(self) -> str:
         """For asyncpg: the database `keyturn`, as its owner and superuser. Fixed once entered."""
-        host = quote(str(self._run))
-        return f"postgresql://{_NAME}@/{_NAME}?host={host}&port=5432&sslmode=disable"
+        return _dsn(str(self._run))
 
     @property
     def socket_directory(self) -> Path:
@@ -470,6 +469,71 @@ class EmbeddedPostgres:
         return EmbeddedPostgresError(
             f"{problem}, in {self._directory}. The end of its postgres.log:\n{printed or '(empty)'}"
         )
+
+
+@asynccontextmanager
+async def existing_database(
+    directory: Path, *, log: FilteringBoundLogger | None = None
+) -> AsyncIterator[str]:
+    """The dsn of the embedded PostgreSQL in `directory`, beside a sidecar that runs it or without one.
+
+    Where a sidecar runs the server, it is that server's; otherwise the server runs for the length of
+    the block. Nothing is made: raises EmbeddedPostgresError where there is no data, when we are not
+    a user that the server lets in, and what `EmbeddedPostgres` raises.
+    """
+    try:
+        dsn = await _running(_with_data(directory))
+    except OSError as error:
+        raise EmbeddedPostgresError(
+            f"The embedded PostgreSQL in {directory} is another user's ({error}): "
+            "run this as the user of its sidecar."
+        ) from error
+    if dsn is not None:
+        yield dsn
+        return
+    async with EmbeddedPostgres(directory, log=log) as postgres:
+        yield postgres.dsn
+
+
+def _with_data(directory: Path) -> Path:
+    if not (directory / "data" / "PG_VERSION").exists():
+        raise EmbeddedPostgresError(f"There is no embedded PostgreSQL in {directory.resolve()}.")
+    return directory
+
+
+async def _running(directory: Path) -> str | None:
+    """The dsn of the server that another Keyturn runs here, once it is ready; None when none does."""
+    try:
+        async with asyncio.timeout(_START_LIMIT.total_seconds()):
+            while _is_held(directory / "lock"):
+                with suppress(FileNotFoundError):
+                    lines = (directory / "data" / "postmaster.pid").read_text().splitlines()
+                    if len(lines) > 7 and lines[7].strip() == "ready":
+                        owners = {(directory / name).stat().st_uid for name in ("pg_ident.conf", "data")}
+                        if os.geteuid() not in owners:
+                            raise PermissionError(f"it lets in the user ids {sorted(owners)}")
+                        return _dsn(lines[4])
+                await asyncio.sleep(_POLL.total_seconds())
+    except TimeoutError:
+        raise EmbeddedPostgresError(
+            f"A Keyturn holds {directory}, and its PostgreSQL does not become ready: see its postgres.log."
+        ) from None
+    return None
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _dsn(socket_directory: str) -> str:
+    return f"postgresql://{_NAME}@/{_NAME}?host={quote(socket_directory)}&port=5432&sslmode=disable"
 
 
 def _installation() -> Path:

@@ -50,6 +50,7 @@ WITH RECURSIVE ids AS (
       FROM ids WHERE ids.id IS NOT NULL)
 SELECT id FROM ids WHERE id IS NOT NULL
 """
+_KEYS_UNDER = "SELECT count(*) FROM user_api_keys WHERE keyturn_master_key_id(encrypted_key) = $1"
 
 
 async def load_master_key_ids(database: Database) -> set[str]:
@@ -58,6 +59,14 @@ async def load_master_key_ids(database: Database) -> set[str]:
     Raises `StoreUnavailable`.
     """
     return {row["id"] for row in await database.fetch(_MASTER_KEY_IDS)}
+
+
+async def load_master_key_counts(database: Database, *, beside: str = "") -> dict[str, int]:
+    """How many stored keys rest under each master key but `beside`, `LEGACY` among them. Reads those keys
+    alone. Raises `StoreUnavailable`."""
+    ids = await load_master_key_ids(database) - {beside}
+    counts = {id_: await database.fetchval(_KEYS_UNDER, id_) for id_ in sorted(ids)}
+    return {id_: count for id_, count in counts.items() if count}
 
 
 class Users:

@@ -22,6 +22,9 @@ from keyturn_server.store.database import is_unavailable
 if TYPE_CHECKING:
     from keyturn_server.store.database import Connection
 
+PUSH_NAME = "keyturn push"
+"""The beginning of the name of each sidecar's connection; the id of its master key follows, or `none`."""
+
 _CHANNEL = "keyturn"
 _FIRST_PAUSE_SECONDS = 0.05  # before another attempt; doubles up to the last
 _LAST_PAUSE_SECONDS = 1.0
@@ -36,7 +39,10 @@ class Log(Protocol):
 
 
 class Push:
-    """Listens for as long as `run` runs. Callbacks run in its task, one at a time, in order."""
+    """Listens for as long as `run` runs. Callbacks run in its task, one at a time, in order.
+
+    `master_key_id` is the key that this sidecar seals under, if it has one.
+    """
 
     def __init__(
         self,
@@ -48,8 +54,11 @@ class Push:
         on_down: Callable[[], Awaitable[None]],
         on_change: Callable[[str], Awaitable[None]],
         log: Log,
+        master_key_id: str | None = None,
     ) -> None:
         self._dsn = dsn
+        # Seen in pg_stat_activity: rotation asks there under which key each running sidecar seals.
+        self._name = f"{PUSH_NAME} {master_key_id or 'none'}"
         self._beat_seconds = beat.total_seconds()
         self._timeout_seconds = beat_timeout.total_seconds()
         self._on_up = on_up
@@ -68,7 +77,7 @@ class Push:
                     connection = await asyncpg.connect(
                         self._dsn,
                         timeout=self._timeout_seconds,
-                        server_settings={"application_name": "keyturn push"},
+                        server_settings={"application_name": self._name},
                     )
             except Exception as error:
                 self._report("push_unreachable", error)
