@@ -6,10 +6,11 @@ Every setting is `KEYTURN_*`; the exceptions are the master keys, `ENCRYPTION_KE
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -105,14 +106,46 @@ class Settings(BaseSettings):
         return tuple(part.strip() for part in joined.get_secret_value().split(","))
 
 
+class ConnectionSettings(BaseSettings):
+    """How commands reach a running sidecar."""
+
+    model_config = Settings.model_config
+
+    address: str | None = None
+    """`unix:PATH` or `host:port`. Unset: the default socket."""
+    token: SecretStr | None = None
+    token_file: Path | None = None
+    """A file with the token; it wins over `token`."""
+    ca: Path | None = None
+    client_cert: Path | None = None
+    client_key: Path | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return None if value == "" else value
+
+
+_Kind = TypeVar("_Kind", bound=BaseSettings)
+
+
 def read_settings(**options: object) -> Settings:
     """The settings from the environment; an option that is not None wins over it.
 
     Raises `SettingsError`.
     """
+    return _read(Settings, options)
+
+
+def read_connection_settings(**options: object) -> ConnectionSettings:
+    """The same for the settings of a command's connection. Raises `SettingsError`."""
+    return _read(ConnectionSettings, options)
+
+
+def _read(kind: type[_Kind], options: Mapping[str, object]) -> _Kind:
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        return Settings(**given)  # type: ignore[arg-type]
+        return kind(**given)  # type: ignore[arg-type]
     except ValidationError as error:
         raise SettingsError(
             "; ".join(

@@ -7,7 +7,7 @@ import sys
 import cyclopts
 
 from keyturn import __version__
-from keyturn_server.cli import db, demo, keygen, serve
+from keyturn_server.cli import db, demo, health, keygen, serve
 from keyturn_server.errors import KeyturnFault
 from keyturn_server.keys.keyring import KeyringError
 from keyturn_server.logs import configure_logs, get_log
@@ -28,6 +28,7 @@ app.command(serve.serve)
 app.command(demo.demo)
 app.command(db.app)
 app.command(keygen.keygen)
+app.command(health.health)
 
 
 def run() -> None:
