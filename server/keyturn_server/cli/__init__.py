@@ -62,6 +62,10 @@ def _run() -> ExitCode:
     if not sys.argv[1:] or sys.argv[1].startswith("-"):
         app.resolved_commands()  # the help of the whole takes each command's line from its module
     try:
+        " ".join(sys.argv).encode()
+    except UnicodeEncodeError:
+        return _end(Ended(ExitCode.USAGE, "An argument is not valid UTF-8."))
+    try:
         ended = app(result_action="return_value", exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except cyclopts.CycloptsError as error:

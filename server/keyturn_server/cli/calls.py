@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -93,8 +92,6 @@ class Options:
         return self._talk(collect, timeout)
 
     def _talk(self, talk: Callable[[Ask], Awaitable[Answer]], timeout: timedelta) -> Answer:
-        # `keyturn … | head` ends like any other program in a pipe.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         return asyncio.run(self._connected(talk, self.timeout or timeout))
 
     async def _connected(self, talk: Callable[[Ask], Awaitable[Answer]], timeout: timedelta) -> Answer:

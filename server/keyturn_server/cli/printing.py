@@ -8,6 +8,7 @@ is prose; ids are never cut and never wrapped. Away from a terminal there is no 
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime
@@ -36,7 +37,8 @@ def show(answer: Answer, for_people: Callable[[Answer], str], *, as_json: bool) 
 
 
 def write(text: str) -> None:
-    """Prints an answer."""
+    """Prints an answer. Where the reader has gone (`keyturn … | head`), ends like any program in a pipe."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     encoding = sys.stdout.encoding
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
@@ -79,6 +81,8 @@ def table(
 def _rendered(grid: Table) -> str:
     """The table as wide as the terminal, or wider where what must not wrap needs it."""
     terminal = Console(highlight=False, markup=False, emoji=False)
+    if terminal.no_color:  # NO_COLOR: nothing bold either
+        terminal = Console(highlight=False, markup=False, emoji=False, color_system=None)
     if terminal.is_terminal:
         needed = Measurement.get(terminal, terminal.options.update(width=_UNLIMITED), grid).minimum
         terminal.width = max(terminal.width, needed)

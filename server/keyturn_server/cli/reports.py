@@ -77,7 +77,9 @@ def window(
         return now - timedelta(days=days or 30), now
     last = end or now.date()
     if last < start:
-        raise wrong_usage("--to is before --from.")
+        raise wrong_usage(
+            "The window would end before it begins: --to is the last day, and not before --from."
+        )
     return (
         datetime.combine(start, time(), UTC),
         min(datetime.combine(last, time(), UTC) + timedelta(days=1), now),
