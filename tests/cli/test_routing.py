@@ -142,7 +142,7 @@ async def test_an_explanation_can_be_pasted_into_a_ticket(sidecar: Sidecar, make
         sidecar, "explain", user, "--provider", "openai", "--model", "gpt-4o", "--service-type", "copilot"
     )
     head, asked, steps = said.split("\n\n")
-    assert head == "BYOK_FIRST: credits: $0.05 held, $0.95 still available"
+    assert head == "BYOK_FIRST: credits: $0.05 would be held, $0.95 still available"
     for line in (
         "User          ada@example.com",
         "Provider      openai",

@@ -263,7 +263,7 @@ def _request(
 def _decided(answer: pb.DecideResponse) -> str:
     lines = fields(
         ("Decision", answer.decision_id),
-        *_conclusion(answer),
+        *_conclusion(answer, holds="held"),
         ("Expires", moment((answer.ticket if answer.HasField("ticket") else answer.key).expire_time)),
         ("Degraded", "yes: the database could not be asked" if answer.degraded else ""),
         ("Replayed", "yes: this request id has this ticket already" if answer.replayed else ""),
@@ -277,13 +277,13 @@ def _decided(answer: pb.DecideResponse) -> str:
             return lines
 
 
-def _conclusion(answer: pb.DecideResponse) -> tuple[tuple[str, str], ...]:
+def _conclusion(answer: pb.DecideResponse, *, holds: str) -> tuple[tuple[str, str], ...]:
     """Mode, verdict, reason and what can be done, for people."""
     denial = answer.denial
     denied = answer.HasField("denial")
     return (
         ("Mode", word(policy.Mode, answer.mode)),
-        ("Who pays", _payer(answer)),
+        ("Who pays", _payer(answer, holds=holds)),
         (
             "Reason",
             word(policy.DenialReason, denial.reason) if denied else word(policy.Reason, answer.reason),
@@ -294,13 +294,13 @@ def _conclusion(answer: pb.DecideResponse) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _payer(answer: pb.DecideResponse) -> str:
+def _payer(answer: pb.DecideResponse, *, holds: str) -> str:
     match answer.WhichOneof("route"):
         case "key":
             return f"the user's own key {answer.key.key_id} (ends in {answer.key.hint})"
         case "ticket":
             held, left = dollars(answer.ticket.hold_micros), dollars(answer.ticket.available_micros)
-            return f"credits: {held} held, {left} still available"
+            return f"credits: {held} {holds}, {left} still available"
         case _:
             return "nobody: DENIED"
 
@@ -323,16 +323,17 @@ def _recorded(answer: pb.RecordResponse) -> str:
 def _explained(request: pb.DecideRequest, answer: pb.ExplainResponse) -> str:
     decision = answer.decision
     mode = word(policy.Mode, decision.mode)
-    head = f"{mode}: {_payer(decision)}"
+    head = f"{mode}: {_payer(decision, holds='would be held')}"
+    constraint = word(policy.Constraint, request.constraint)
     asked = fields(
         ("User", request.user_id),
         ("Provider", request.provider),
         ("Model", request.model),
         ("Service type", request.service_type),
         ("Cost", dollars(request.cost_micros) if request.HasField("cost_micros") else ""),
-        ("Constraint", word(policy.Constraint, request.constraint)),
+        ("Constraint", "" if constraint == Constraint.ANY else constraint),
         ("Asked at", moment(datetime.now(UTC))),
-        *_conclusion(decision),
+        *_conclusion(decision, holds="would be held"),
     )
     steps = table(
         ("#", "check", "result", "detail"),
