@@ -95,5 +95,5 @@ def _fault(error: Exception) -> ExitCode:
     if isinstance(error, KeyturnFault | KeyringError | EmbeddedPostgresError):
         return _end(Ended(ExitCode.FAULT, str(error)))
     configure_logs("info")
-    get_log().error("crashed", exc_info=error)
+    get_log().exception("crashed", exc_info=error)
     return ExitCode.FAULT
