@@ -103,16 +103,17 @@ def explain(user_id: str, **fields: Any) -> pb.ExplainRequest:
 
 
 async def test_the_own_key_comes_decrypted_with_all_that_signing_needs(
-    sidecar: Sidecar, make: Factory
+    sidecar: Sidecar, make: Factory, sql: Connection
 ) -> None:
     user = await make.user("lifetime")
     key_id = await make.key(user, "anthropic", secret=SECRET)
+    base_url = await sql.fetchval("SELECT base_url FROM api_providers WHERE id = 'anthropic'")
     answer = await sidecar.decide(user, "anthropic", key_delivery=INLINE)
     assert answer.key.secret == SECRET
     assert answer.key.hint == SECRET[-4:]
     assert answer.key.key_id == str(key_id)
     assert (answer.key.auth.header, answer.key.auth.prefix) == ("x-api-key", "")
-    assert answer.key.base_url == "https://api.anthropic.com/v1"
+    assert answer.key.base_url == base_url
     lifetime = answer.key.expire_time.ToDatetime(UTC) - datetime.now(UTC)
     assert timedelta(minutes=9) < lifetime <= timedelta(minutes=10)
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from keyturn.address import default_socket
+from keyturn_server.access import Caller
 from keyturn_server.configuration import Configuration
 from keyturn_server.decide import Decider
 from keyturn_server.errors import KeyturnFault, StoreUnavailable
@@ -19,6 +20,7 @@ from keyturn_server.explain import Explainer
 from keyturn_server.freshness import PushedCache
 from keyturn_server.keys.envelope import Unreadable
 from keyturn_server.keys.keyring import Keyring
+from keyturn_server.keys.provider_checks import KeyCheck, ProviderChecks, open_provider_checks
 from keyturn_server.keys.tokens import TokenSealer
 from keyturn_server.metrics import Metrics
 from keyturn_server.prices import PriceBook
@@ -28,6 +30,7 @@ from keyturn_server.record import Recorder
 from keyturn_server.redeem import Redeemer
 from keyturn_server.rpc.access import Access
 from keyturn_server.rpc.guard import Guard
+from keyturn_server.rpc.key_service import KeyService
 from keyturn_server.rpc.routing_service import RoutingService
 from keyturn_server.serving import Health, Services, claimed, serving
 from keyturn_server.settings import Settings
@@ -38,6 +41,8 @@ from keyturn_server.store.people import LEGACY, load_master_key_ids, load_profil
 from keyturn_server.store.push import Push
 from keyturn_server.store.redemptions import Redemptions
 from keyturn_server.store.settings import load_configuration, load_token_roots
+from keyturn_server.store.user_keys import UserKeyRows
+from keyturn_server.user_keys import UserKeys
 
 PUSH_SERVICE = "keyturn.push"
 """The name under which health tells whether changes in the database are announced."""
@@ -124,6 +129,13 @@ async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
         sealer = TokenSealer(await load_token_roots(database))
         await asyncio.to_thread(PriceBook.warm)
         ledger = await stack.enter_async_context(open_ledger(database, on_group=metrics.grouped))
+        checks = await stack.enter_async_context(
+            open_provider_checks(
+                timeout=settings.provider_timeout,
+                proxy=settings.provider_proxy.get_secret_value() if settings.provider_proxy else None,
+                on_check=_KeyChecks(metrics, log),
+            )
+        )
 
         configurations = PushedCache[Configuration](
             lambda key: load_configuration(database),
@@ -150,6 +162,7 @@ async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
             profiles=profiles,
             keyring=keyring,
             sealer=sealer,
+            checks=checks,
             guard=Guard(access=Access(), log=log, on_call=metrics.called),
             metrics=metrics,
             log=log,
@@ -163,7 +176,7 @@ async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
                     "weak_master_key", reason="ENCRYPTION_KEY follows a pattern: see `keyturn keygen`"
                 )
         yield Services(
-            services=(_routing_service(parts),),
+            services=(_routing_service(parts), _key_service(parts)),
             guard=parts.guard,
             health=health,
             metrics=metrics,
@@ -194,6 +207,30 @@ class _Complaints:
         if (now := time.monotonic()) >= self._next_line:
             self._next_line = now + 1
             self._log.warning("store_unavailable", error=error, sqlstate=sqlstate)
+
+
+class _KeyChecks:
+    """Tells of keys that a provider was asked about: in the metrics, and of vain questions in the log."""
+
+    def __init__(self, metrics: Metrics, log: Any) -> None:
+        self._metrics = metrics
+        self._log = log
+
+    def __call__(self, provider: str, result: KeyCheck, cause: str) -> None:
+        self._metrics.key_checked(provider, result.value)
+        if result is KeyCheck.UNVERIFIED:
+            self._log.warning("key_unverified", provider=provider, cause=cause)
+
+
+class _LoggedChanges:
+    """Operators' changes as lines of the log."""
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+
+    def changed(self, caller: Caller, action: str, **facts: str | int | bool) -> None:
+        """One change was made."""
+        self._log.info("operator_change", action=action, caller=caller.name, **facts)
 
 
 class _Background:
@@ -340,6 +377,7 @@ class _Parts:
     profiles: PushedCache[Profile]
     keyring: Keyring | None
     sealer: TokenSealer
+    checks: ProviderChecks
     guard: Guard
     metrics: Metrics
     log: Any
@@ -404,3 +442,19 @@ def _routing_service(parts: _Parts) -> RoutingService:
         ),
         guard=parts.guard,
     )
+
+
+def _key_service(parts: _Parts) -> KeyService:
+    def bad_pattern(provider: str) -> None:
+        parts.log.error("key_pattern_broken", provider=provider, reason="it is no regular expression")
+
+    keys = UserKeys(
+        configurations=parts.configurations,
+        rows=UserKeyRows(parts.database),
+        checks=parts.checks,
+        keyring=parts.keyring,
+        clock=_now,
+        on_change=parts.profiles.expire,
+        on_bad_pattern=bad_pattern,
+    )
+    return KeyService(keys, changes=_LoggedChanges(parts.log))

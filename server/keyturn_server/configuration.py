@@ -22,13 +22,21 @@ class Tier:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provider:
-    """A provider of models, and how it wants its key."""
+    """A provider of models, how it wants its key, and how a key is checked."""
 
     id: str
+    name: str
     is_enabled: bool
     base_url: str
     auth_header: str
     auth_prefix: str
+    key_pattern: str
+    """A regular expression that its keys match."""
+    check_path: str | None
+    """What to GET with a key to check it, relative to `base_url`; None: keys cannot be checked."""
+    check_headers: Mapping[str, str]
+    check_refusal: str | None
+    """What a 4xx answer says where it refuses the key with another status than 401 or 403."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +61,7 @@ class Configuration:
     tiers: Mapping[str, Tier]
     tier_ranks: Mapping[str, int]
     providers: Mapping[str, Provider]
+    """By id, in the order in which people are shown them."""
     prices: Mapping[tuple[str, str], PriceOverride]
 
     def tier_of(self, name: str) -> Tier | None:

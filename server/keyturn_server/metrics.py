@@ -36,12 +36,22 @@ class Metrics:
         self.expired_holds = Counter(
             "keyturn_expired_holds_total", "Holds released because they ran out", registry=self.registry
         )
+        self._key_checks = Counter(
+            "keyturn_key_checks_total",
+            "Keys that a provider was asked about, by provider and result",
+            ["provider", "result"],
+            registry=self.registry,
+        )
         self._unavailable = Counter(
             "keyturn_store_unavailable_total",
             "Statements that the database did not take, by SQLSTATE",
             ["sqlstate"],
             registry=self.registry,
         )
+
+    def key_checked(self, provider: str, result: str) -> None:
+        """One provider was asked about a key."""
+        self._key_checks.labels(provider, result).inc()
 
     def unavailable(self, sqlstate: str) -> None:
         """One statement was not taken; empty where the server said nothing."""

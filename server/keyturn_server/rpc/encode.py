@@ -16,7 +16,7 @@ from keyturn_server.routing.model import DenialReason, Mode, Reason
 _MODES = {mode: policy_pb2.Mode.Value(f"MODE_{mode.name}") for mode in Mode}
 _REASONS = {reason: policy_pb2.Reason.Value(f"REASON_{reason.name}") for reason in Reason}
 _DENIALS = {reason: policy_pb2.DenialReason.Value(f"DENIAL_REASON_{reason.name}") for reason in DenialReason}
-_KEY_STATES = {state: policy_pb2.KeyState.Value(f"KEY_STATE_{state.name}") for state in KeyState}
+KEY_STATES = {state: policy_pb2.KeyState.Value(f"KEY_STATE_{state.name}") for state in KeyState}
 _COST_SOURCES = {
     source: routing_service_pb2.CostSource.Value(f"COST_SOURCE_{source.name}") for source in CostSource
 }
@@ -42,7 +42,7 @@ def decision_message(decision: Decision) -> routing_service_pb2.DecideResponse:
                     ticket=route.ticket,
                     hold_micros=route.hold_micros,
                     available_micros=route.available_micros,
-                    expire_time=_timestamp(route.expires_at),
+                    expire_time=timestamp(route.expires_at),
                 )
             )
         case Denied() as denied:
@@ -67,7 +67,7 @@ def _key(route: KeyRoute) -> routing_service_pb2.KeyHandle:
         secret=route.secret.reveal() if route.secret is not None else "",
         auth=routing_service_pb2.KeyHandle.Auth(header=provider.auth_header, prefix=provider.auth_prefix),
         base_url=provider.base_url,
-        expire_time=_timestamp(route.expires_at),
+        expire_time=timestamp(route.expires_at),
     )
 
 
@@ -99,14 +99,13 @@ def record_message(recorded: Recorded) -> routing_service_pb2.RecordResponse:
         replayed=recorded.replayed,
         durability=routing_service_pb2.DURABILITY_DATABASE,
         key_state=(
-            policy_pb2.KEY_STATE_UNSPECIFIED
-            if recorded.key_state is None
-            else _KEY_STATES[recorded.key_state]
+            policy_pb2.KEY_STATE_UNSPECIFIED if recorded.key_state is None else KEY_STATES[recorded.key_state]
         ),
     )
 
 
-def _timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
+def timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
+    """A Timestamp."""
     span = moment - _EPOCH
     return timestamp_pb2.Timestamp(seconds=span // _SECOND, nanos=span.microseconds * 1000)
 

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from keyturn.secret import Secret
 from keyturn_server.keys.keyring import Keyring
+from keyturn_server.keys.provider_checks import CANNOT_BE_CHECKED
 from keyturn_server.store.ledger import grant_credits
-from keyturn_server.store.people import add_key, put_user
+from keyturn_server.store.people import put_user
+from keyturn_server.store.user_keys import UserKeyRows
+from keyturn_server.user_keys import NewKey
 
 if TYPE_CHECKING:
     from keyturn_server.store.database import Database
@@ -30,7 +33,8 @@ async def make_user(
     """A user, with an OpenAI key if `secret` is given, and `micros` of credits if there are any."""
     await put_user(database, user_id=user_id, email=f"{user_id}@example.com", tier=tier)
     if secret is not None:
-        await add_key(database, keyring, secret, user_id=user_id, provider="openai", label="demo")
+        key = NewKey(user_id=user_id, provider="openai", label="demo", secret=secret)
+        await UserKeyRows(database).save(key, keyring, CANNOT_BE_CHECKED)
     if micros:
         await grant_credits(
             database, user_id=user_id, amount_micros=micros, request_id="demo", description="demo"

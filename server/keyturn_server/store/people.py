@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from uuid import UUID
 
-from keyturn.secret import Secret
 from keyturn_server.errors import UserNotFound
-from keyturn_server.ids import new_id
-from keyturn_server.keys.envelope import seal
-from keyturn_server.keys.keyring import Keyring
-from keyturn_server.profiles import Profile, StoredKey
+from keyturn_server.profiles import Profile
+from keyturn_server.store.user_keys import stored_key
 
 if TYPE_CHECKING:
     from keyturn_server.store.database import Database
 
 _PROFILE = """
 SELECT u.subscription_tier, k.id, k.provider, k.label, k.priority, k.encrypted_key, k.key_hint, k.revision,
-       k.is_active, k.is_valid, k.verified_at IS NOT NULL AS is_verified, k.cooldown_until
+       k.is_active, k.is_valid, k.verified_at, k.cooldown_until
   FROM users u
   LEFT JOIN user_api_keys k ON k.user_id = u.id
  WHERE u.id = $1
@@ -27,10 +23,6 @@ SELECT u.subscription_tier, k.id, k.provider, k.label, k.priority, k.encrypted_k
 _PUT_USER = """
 INSERT INTO users (id, email, subscription_tier) VALUES ($1, $2, $3)
 ON CONFLICT (id) DO UPDATE SET email = excluded.email, subscription_tier = excluded.subscription_tier
-"""
-_SAVE_KEY = """
-INSERT INTO user_api_keys (user_id, id, provider, label, priority, encrypted_key, key_hint)
-VALUES ($1, $2, $3, $4, $5, $6, $7)
 """
 
 
@@ -62,24 +54,6 @@ async def put_user(database: Database, *, user_id: str, email: str | None, tier:
     await database.fetch(_PUT_USER, user_id, email, tier)
 
 
-async def add_key(
-    database: Database,
-    keyring: Keyring,
-    secret: Secret,
-    *,
-    user_id: str,
-    provider: str,
-    label: str = "",
-    priority: int = 0,
-) -> UUID:
-    """Store a new key, sealed for its row; its id. Raises `StoreUnavailable`, asyncpg's data errors."""
-    key_id = new_id()
-    ciphertext = seal(keyring, secret, user_id=user_id, provider=provider, row_id=key_id)
-    hint = secret.reveal()[-4:]
-    await database.fetch(_SAVE_KEY, user_id, key_id, provider, label, priority, ciphertext, hint)
-    return key_id
-
-
 async def load_profile(database: Database, user_id: str) -> Profile:
     """The user's tier and keys, read in one statement. Raises `UserNotFound`, `StoreUnavailable`."""
     rows = await database.fetch(_PROFILE, user_id)
@@ -88,21 +62,5 @@ async def load_profile(database: Database, user_id: str) -> Profile:
     return Profile(
         user_id=user_id,
         tier=rows[0]["subscription_tier"],
-        keys=tuple(
-            StoredKey(
-                id=row["id"],
-                provider=row["provider"],
-                label=row["label"],
-                priority=row["priority"],
-                ciphertext=row["encrypted_key"],
-                hint=row["key_hint"],
-                revision=row["revision"],
-                is_active=row["is_active"],
-                is_valid=row["is_valid"],
-                is_verified=row["is_verified"],
-                cooldown_until=row["cooldown_until"],
-            )
-            for row in rows
-            if row["id"] is not None
-        ),
+        keys=tuple(stored_key(row) for row in rows if row["id"] is not None),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,11 @@ SELECT DISTINCT ON (key) key, changed_by, reason, changed_at FROM feature_flag_c
  WHERE key = ANY ($1) ORDER BY key, id DESC
 """
 _TIERS = "SELECT name, rank, requests_per_minute, requests_per_day FROM subscription_tiers"
-_PROVIDERS = "SELECT id, is_enabled, base_url, auth_header, auth_prefix FROM api_providers"
+_PROVIDERS = """
+SELECT id, name, is_enabled, base_url, auth_header, auth_prefix, key_pattern, check_path, check_headers,
+       check_refusal
+  FROM api_providers ORDER BY sort_order, id
+"""
 _PRICES = """
 SELECT provider, model, input_micros_per_mtok, output_micros_per_mtok, cache_read_micros_per_mtok,
        cache_write_micros_per_mtok
@@ -46,7 +51,7 @@ async def load_configuration(database: Database) -> Configuration:
         flags = {row["key"]: row for row in await connection.fetch(_FLAGS, _FLAG_KEYS)}
         changes = [FlagChange(**row) for row in await connection.fetch(_LAST_CHANGES, _FLAG_KEYS)]
         tiers = [Tier(**row) for row in await connection.fetch(_TIERS)]
-        providers = [Provider(**row) for row in await connection.fetch(_PROVIDERS)]
+        providers = [_provider(row) for row in await connection.fetch(_PROVIDERS)]
         prices = [PriceOverride(**row) for row in await connection.fetch(_PRICES)]
     return Configuration(
         flags=_flags(flags),
@@ -57,6 +62,10 @@ async def load_configuration(database: Database) -> Configuration:
         providers={provider.id: provider for provider in providers},
         prices={(price.provider, price.model): price for price in prices},
     )
+
+
+def _provider(row: asyncpg.Record) -> Provider:
+    return Provider(**{**row, "check_headers": json.loads(row["check_headers"])})
 
 
 def _flags(rows: dict[str, asyncpg.Record]) -> Flags:
