@@ -15,6 +15,8 @@ from tests.support import Sidecar
 
 SECRET = "sk-canary-5f1d9c0e7a3b48c2d6e4f0a1"
 REFUSED = "sk-refused-9b7c5d3e1f2a4068c2d6e4f0"
+# The scrubber would not know it for a secret.
+PASSPHRASE = "canary-of-plain-words"
 SAVE = ("--provider", "openai")
 
 
@@ -69,14 +71,14 @@ async def test_a_key_that_the_provider_refuses_is_saved_with_a_warning(
 
 
 MISPLACED = {
-    "an argument": ("keys", "save", "u1", *SAVE, SECRET),
-    "an option": ("keys", "save", "u1", *SAVE, "--secret", SECRET),
-    "an option with =": ("keys", "save", "u1", *SAVE, f"--secret={SECRET}"),
-    "the key of a certificate": ("keys", "save", "u1", *SAVE, "--key", SECRET),
-    "a short option": ("keys", "save", "u1", *SAVE, f"-{SECRET}"),
-    "a priority": ("keys", "save", "u1", *SAVE, "--priority", SECRET),
-    "instead of options": ("keys", "save", "u1", SECRET),
-    "instead of a command": ("keys", SECRET),
+    "an argument": ("keys", "save", "u1", *SAVE, PASSPHRASE),
+    "an option": ("keys", "save", "u1", *SAVE, "--secret", PASSPHRASE),
+    "an option with =": ("keys", "save", "u1", *SAVE, f"--secret={PASSPHRASE}"),
+    "the key of a certificate": ("keys", "save", "u1", *SAVE, "--key", PASSPHRASE),
+    "a short option": ("keys", "save", "u1", *SAVE, f"-{PASSPHRASE}"),
+    "a priority": ("keys", "save", "u1", *SAVE, "--priority", PASSPHRASE),
+    "instead of options": ("keys", "save", "u1", PASSPHRASE),
+    "instead of a command": ("keys", PASSPHRASE),
 }
 
 
@@ -86,7 +88,7 @@ async def test_a_secret_as_an_argument_is_wrong_usage_and_not_quoted(
 ) -> None:
     finished = await ask(sidecar, *MISPLACED[name], stdin=SECRET.encode())
     check_fault(finished, 2)
-    assert SECRET not in finished.err
+    assert PASSPHRASE not in finished.err
     assert await saved_keys(sql) == 0
 
 
