@@ -29,20 +29,27 @@ from keyturn_server.rate_limits import RateLimits, WindowStorage
 from keyturn_server.record import Recorder
 from keyturn_server.redeem import Redeemer
 from keyturn_server.rpc.access import Access
+from keyturn_server.rpc.credit_service import CreditService
 from keyturn_server.rpc.guard import Guard
 from keyturn_server.rpc.key_service import KeyService
+from keyturn_server.rpc.pages import Pages
+from keyturn_server.rpc.report_service import ReportService
 from keyturn_server.rpc.routing_service import RoutingService
+from keyturn_server.rpc.user_service import UserService
 from keyturn_server.serving import Health, Services, claimed, serving
 from keyturn_server.settings import Settings
+from keyturn_server.store.credits import Books
 from keyturn_server.store.database import Database, open_database
 from keyturn_server.store.ledger import Ledger, open_ledger
 from keyturn_server.store.migrate import migrate
-from keyturn_server.store.people import LEGACY, load_master_key_ids, load_profile
+from keyturn_server.store.people import LEGACY, Users, load_master_key_ids, load_profile
 from keyturn_server.store.push import Push
 from keyturn_server.store.redemptions import Redemptions
+from keyturn_server.store.reports import Reports
 from keyturn_server.store.settings import load_configuration, load_token_roots
 from keyturn_server.store.user_keys import UserKeyRows
 from keyturn_server.user_keys import UserKeys
+from keyturn_server.user_settings import SettingsPage
 
 PUSH_SERVICE = "keyturn.push"
 """The name under which health tells whether changes in the database are announced."""
@@ -176,7 +183,13 @@ async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
                     "weak_master_key", reason="ENCRYPTION_KEY follows a pattern: see `keyturn keygen`"
                 )
         yield Services(
-            services=(_routing_service(parts), _key_service(parts)),
+            services=(
+                _routing_service(parts),
+                _key_service(parts),
+                _user_service(parts),
+                _credit_service(parts),
+                _report_service(parts),
+            ),
             guard=parts.guard,
             health=health,
             metrics=metrics,
@@ -385,6 +398,34 @@ class _Parts:
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+def _user_service(parts: _Parts) -> UserService:
+    return UserService(
+        users=Users(parts.database),
+        page=SettingsPage(
+            configurations=parts.configurations,
+            profiles=parts.profiles,
+            balances=parts.ledger,
+            keyring=parts.keyring,
+            clock=_now,
+        ),
+        changes=_LoggedChanges(parts.log),
+        on_change=parts.profiles.expire,
+    )
+
+
+def _credit_service(parts: _Parts) -> CreditService:
+    return CreditService(
+        grants=parts.ledger,
+        books=Books(parts.database),
+        pages=Pages(parts.sealer),
+        changes=_LoggedChanges(parts.log),
+    )
+
+
+def _report_service(parts: _Parts) -> ReportService:
+    return ReportService(reports=Reports(parts.database), pages=Pages(parts.sealer), clock=_now)
 
 
 def _routing_service(parts: _Parts) -> RoutingService:

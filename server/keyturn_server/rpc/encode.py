@@ -105,7 +105,7 @@ def record_message(recorded: Recorded) -> routing_service_pb2.RecordResponse:
 
 
 def timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
-    """A Timestamp."""
+    """A moment, as messages hold one."""
     span = moment - _EPOCH
     return timestamp_pb2.Timestamp(seconds=span // _SECOND, nanos=span.microseconds * 1000)
 

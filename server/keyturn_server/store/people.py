@@ -1,11 +1,11 @@
-"""Users with their keys, as decisions see them."""
+"""Users, and their keys as decisions see them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from keyturn_server.errors import UserNotFound
-from keyturn_server.profiles import Profile
+from keyturn_server.profiles import Profile, User
 from keyturn_server.store.user_keys import stored_key
 
 if TYPE_CHECKING:
@@ -20,9 +20,20 @@ SELECT u.subscription_tier, k.id, k.provider, k.label, k.priority, k.encrypted_k
  ORDER BY k.priority, k.created_at, k.id
 """
 
-_PUT_USER = """
-INSERT INTO users (id, email, subscription_tier) VALUES ($1, $2, $3)
-ON CONFLICT (id) DO UPDATE SET email = excluded.email, subscription_tier = excluded.subscription_tier
+_MAKE_USER = """
+INSERT INTO users (id, email, subscription_tier) VALUES ($1, nullif($2, ''), $3)
+ON CONFLICT (id) DO NOTHING RETURNING id
+"""
+# The same again touches nothing, `updated_at` included.
+_CHANGE_USER = """
+UPDATE users SET email = nullif($2, ''), subscription_tier = $3
+ WHERE id = $1 AND (email, subscription_tier) IS DISTINCT FROM (nullif($2, ''), $3)
+"""
+_USER = """
+SELECT u.id, coalesce(u.email, '') AS email, u.subscription_tier AS tier, t.name IS NOT NULL AS is_known_tier,
+       u.created_at, u.updated_at
+  FROM users u LEFT JOIN subscription_tiers t ON t.name = u.subscription_tier
+ WHERE u.id = $1
 """
 
 
@@ -49,9 +60,28 @@ async def load_master_key_ids(database: Database) -> set[str]:
     return {row["id"] for row in await database.fetch(_MASTER_KEY_IDS)}
 
 
-async def put_user(database: Database, *, user_id: str, email: str | None, tier: str) -> None:
-    """Make the user, or set email and tier of the one that is there. Raises `StoreUnavailable`."""
-    await database.fetch(_PUT_USER, user_id, email, tier)
+class Users:
+    """Users without their keys. Methods raise `StoreUnavailable`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def put(self, *, user_id: str, email: str, tier: str) -> tuple[User, bool]:
+        """Make the user, or set email and tier of the one that is there; and whether it was made now."""
+        while True:
+            created = await self._database.fetchval(_MAKE_USER, user_id, email, tier) is not None
+            if not created:
+                await self._database.fetch(_CHANGE_USER, user_id, email, tier)
+            # Not there any more: deleted in between, and made again.
+            if (row := await self._database.fetchrow(_USER, user_id)) is not None:
+                return User(**row), created
+
+    async def get(self, user_id: str) -> User:
+        """The user. Raises `UserNotFound`."""
+        row = await self._database.fetchrow(_USER, user_id)
+        if row is None:
+            raise UserNotFound(user_id)
+        return User(**row)
 
 
 async def load_profile(database: Database, user_id: str) -> Profile:
