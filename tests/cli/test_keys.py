@@ -7,10 +7,10 @@ import re
 from uuid import uuid4
 
 import pytest
-from tests.providers import Providers, hang, refuse
 
 from tests.cli.command import answered, ask, check_fault, keyturn, keyturn_on_terminal, rows_of, told
 from tests.factories import Connection, Factory
+from tests.providers import Providers, hang, refuse
 from tests.support import Sidecar
 
 SECRET = "sk-canary-5f1d9c0e7a3b48c2d6e4f0a1"
