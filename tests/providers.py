@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -110,11 +111,12 @@ async def babble(seen: Seen, writer: asyncio.StreamWriter) -> None:
 
 
 async def flood(seen: Seen, writer: asyncio.StreamWriter) -> None:
-    """A refusal of 64 MiB, for as long as somebody reads it."""
-    writer.write(b"HTTP/1.1 401 So\r\ncontent-length: 67108864\r\n\r\n")
+    """The first 64 MiB of a refusal of a gigabyte, for as long as somebody reads; and then nothing more."""
+    writer.write(b"HTTP/1.1 401 So\r\ncontent-length: 1073741824\r\n\r\n")
     for _ in range(1024):
         writer.write(b"x" * 65536)
         await writer.drain()
+    await hang(seen, writer)
 
 
 async def redirect(seen: Seen, writer: asyncio.StreamWriter) -> None:
@@ -254,12 +256,12 @@ def _seen(head: str) -> Seen:
 
 
 @asynccontextmanager
-async def playing_providers() -> AsyncIterator[Providers]:
+async def playing_providers(*, tls: ssl.SSLContext | None = None) -> AsyncIterator[Providers]:
     """The server, on a port of 127.0.0.1."""
     providers = Providers()
-    server = await asyncio.start_server(providers.accept_connection, "127.0.0.1", 0)
+    server = await asyncio.start_server(providers.accept_connection, "127.0.0.1", 0, ssl=tls)
     host, port = server.sockets[0].getsockname()
-    providers.url = f"http://{host}:{port}"
+    providers.url = f"{'https' if tls else 'http'}://{host}:{port}"
     try:
         yield providers
     finally:

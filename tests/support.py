@@ -7,7 +7,7 @@ import io
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +104,8 @@ class Sidecar:
     channel: grpc.aio.Channel
     log: io.StringIO
     settings: Settings
+    addresses: tuple[str, ...] = ()
+    """All of them; `address` is the first."""
     acknowledged: list[str] = field(default_factory=list)
 
     async def call(self, method: str, request: Any, **options: Any) -> Any:
@@ -174,20 +176,22 @@ def log_into(stream: io.StringIO) -> Any:
 
 
 @asynccontextmanager
-async def running_sidecar(dsn: str, **changes: Any) -> AsyncIterator[Sidecar]:
-    """A sidecar of this process on a Unix socket of its own, and a channel to it."""
+async def running_sidecar(dsn: str, *, also: Sequence[str] = (), **changes: Any) -> AsyncIterator[Sidecar]:
+    """A sidecar of this process on a Unix socket of its own and on `also`, and a channel to the socket."""
     async with temporary_directory() as directory:
         address = f"unix:{directory}/run/{secrets.token_hex(4)}.sock"
-        settings = make_settings(dsn, address, **changes)
+        settings = make_settings(dsn, address, **{"listen": (address, *also), **changes})
         log = io.StringIO()
         async with (
-            in_own_task(sidecar(settings, log=log_into(log))) as addresses,
+            in_own_task(sidecar(settings, log=log_into(log), audit=log)) as addresses,
             # A channel of its own for each: gRPC shares connections between channels that look alike.
             grpc.aio.insecure_channel(
                 addresses[0], options=[("grpc.use_local_subchannel_pool", 1)]
             ) as channel,
         ):
-            yield Sidecar(address=addresses[0], channel=channel, log=log, settings=settings)
+            yield Sidecar(
+                address=addresses[0], channel=channel, log=log, settings=settings, addresses=addresses
+            )
 
 
 async def eventually(check: Any, *, seconds: float = 20) -> Any:

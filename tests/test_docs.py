@@ -25,13 +25,14 @@ from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from keyturn.v1 import routing_service_pb2 as pb
-from keyturn_server import errors
+from keyturn_server import audit, errors
 from keyturn_server.keys.tokens import InvalidToken, InvalidTokenCause
 from keyturn_server.metrics import Metrics
 from keyturn_server.routing.model import Flags, KeyFacts, World
 from keyturn_server.routing.policy import choose_route
 from keyturn_server.rpc import status
-from keyturn_server.settings import Settings, read_settings
+from keyturn_server.settings import ConnectionSettings, Settings, read_settings
+from tests.cli.command import keyturn
 from tests.factories import Connection, Factory
 from tests.support import Sidecar, temporary_directory
 
@@ -354,6 +355,11 @@ def test_the_defaults_in_the_table_of_settings_hold_and_can_be_written_so(
     assert read_settings() == defaults
 
 
+def test_the_table_of_a_commands_connection_is_complete() -> None:
+    listed = {quoted(row[0])[0] for row in rows(section(OPERATING, "Calling a running sidecar"))}
+    assert listed == {f"KEYTURN_{name.upper()}" for name in ConnectionSettings.model_fields}
+
+
 async def test_the_health_names_are_those_that_the_sidecar_knows(sidecar: Sidecar) -> None:
     stub = health_pb2_grpc.HealthStub(sidecar.channel)
     known = (await stub.List(health_pb2.HealthListRequest(), timeout=30)).statuses
@@ -378,6 +384,8 @@ LOGGED = re.compile(
 def test_the_events_of_the_log_are_listed() -> None:
     sources = [path.read_text() for path in (ROOT / "server").rglob("*.py")]
     logged = {event for source in sources for event in LOGGED.findall(source)}
+    # Written without a logger.
+    logged |= {audit.SECRET_HANDED_OUT, audit.OPERATOR_CHANGE, "log_lost"}
     assert {name for row in rows(section(OPERATING, "Logs")) for name in quoted(row[0])} == logged
 
 
@@ -498,12 +506,7 @@ def test_the_image_copies_what_is_there_and_not_ignored() -> None:
 
 async def test_the_health_check_of_the_image_asks_the_sidecar(sidecar: Sidecar) -> None:
     command = json.loads(re.findall(r"^HEALTHCHECK .*?CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)[0])
-    assert command[0] == "python"
+    assert command[0] == "keyturn"
     for address, code in ((sidecar.address, 0), (f"{sidecar.address}.none", 1)):
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, *command[1:]),
-            env={"KEYTURN_LISTEN": address},
-            stderr=asyncio.subprocess.PIPE,
-        )
-        _, err = await process.communicate()
-        assert process.returncode == code, err.decode()
+        finished = await keyturn(*command[1:], KEYTURN_ADDRESS=address)
+        assert finished.code == code, finished.err

@@ -44,6 +44,7 @@ STRUCK_OUT = {
     "bearer": ("Authorization: Bearer eyJhbGciOi.J9.e30", f"Authorization: Bearer {STRUCK}"),
     "basic": ("Authorization: Basic dXNlcjpwYXNz", f"Authorization: Basic {STRUCK}"),
     "handle": ("kth1_AAAA-bbbb_CCCC", STRUCK),
+    "token": (f"it was kta_{'aB3-' * 10}xyz_", f"it was {STRUCK}"),
     "ticket": ('ticket "ktt1_AAAA-bbbb_CCCC"', f'ticket "{STRUCK}"'),
     "ciphertext": ("v1.0123456789abcdef.QUJD-_x", STRUCK),
     "ciphertext of Node": (f"row {'QUJDREVGR0hJSktM' * 4}==", f"row {STRUCK}"),

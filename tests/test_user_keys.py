@@ -23,9 +23,11 @@ from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as routing
 from keyturn_server.ids import new_id
 from keyturn_server.keys.envelope import open_sealed
+from keyturn_server.store.embedded import EmbeddedPostgres
 from tests import providers as play
 from tests.factories import KEYRING, Connection, Factory
 from tests.providers import NOBODY, Providers
+from tests.proxy import proxied
 from tests.refusals import Refusal, contents, refused
 from tests.support import MASTER_KEY, Fault, Sidecar, eventually
 
@@ -678,6 +680,32 @@ async def test_a_saved_key_is_used_at_once_here_and_within_the_push_elsewhere(
     await is_elsewhere("")
 
 
+async def test_a_sidecar_reads_its_own_changes_without_the_push(
+    start_sidecar: Callable[..., Any], make: Factory, database: str, cluster: EmbeddedPostgres
+) -> None:
+    async with proxied(cluster) as proxy:
+        sidecar = await start_sidecar(
+            database_url=proxy.dsn(database), push_beat=3600, flag_ttl=3600, profile_ttl=3600
+        )
+        proxy.silence(push_only=True)
+        user = await make.user(micros=1_000_000)
+
+        async def hint() -> str:
+            return str((await sidecar.decide(user)).key.hint)
+
+        assert await hint() == ""
+        key = (await save(sidecar, user)).key
+        assert await hint() == key.hint
+        await update(sidecar, user, key.key_id, is_active=False)
+        assert await hint() == ""
+        await make.connection.execute("UPDATE user_api_keys SET is_active = true, is_valid = false")
+        assert await hint() == ""
+        await ask_again(sidecar, user, key.key_id)
+        assert await hint() == key.hint
+        await sidecar.call("DeleteKey", pb.DeleteKeyRequest(user_id=user, key_id=key.key_id))
+        assert await hint() == ""
+
+
 async def test_a_handle_of_a_replaced_secret_gives_up_neither(sidecar: Sidecar, make: Factory) -> None:
     user = await make.user()
     await save(sidecar, user)
@@ -1186,16 +1214,50 @@ async def test_a_caller_that_hangs_up_while_the_provider_is_asked_saves_nothing(
     assert [key.label for key in await keys_of(sidecar, user)] == ["another"]
 
 
+async def until_it_waits_for_a_lock(sql: Connection) -> None:
+    """Back when a statement of the sidecar waits for a lock that somebody else has."""
+
+    async def waits() -> bool:
+        # Not pg_stat_activity, of which a transaction sees one state only.
+        return bool(await sql.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+    await eventually(waits)
+
+
+async def test_what_another_writer_did_meanwhile_counts(
+    sidecar: Sidecar, make: Factory, sql: Connection
+) -> None:
+    for label, comes_to in (("theirs", "replaced"), ("ours", "TOO_MANY_KEYS")):
+        user = await make.user()
+        for number in range(9):
+            await make.key(user, label=str(number))
+        async with sql.transaction():
+            await sql.execute("SELECT FROM users WHERE id = $1 FOR NO KEY UPDATE", user)
+            saving = asyncio.create_task(save(sidecar, user, label=label))
+            await until_it_waits_for_a_lock(sql)
+            await make.key(user, label="theirs")
+        (answer,) = await outcomes(saving)
+        assert answer == comes_to or getattr(answer, comes_to)
+        assert len(await keys_of(sidecar, user)) == 10
+
+
 async def test_a_users_row_that_somebody_keeps_locked_fails_the_save_alone(
-    sidecar: Sidecar, make: Factory, sql: Connection, database: str
+    sidecar: Sidecar, make: Factory, sql: Connection
 ) -> None:
     user, other = await make.user(), await make.user()
+    key_id = str(await make.key(user))
     async with sql.transaction():
-        await sql.execute("SELECT FROM users WHERE id = $1 FOR UPDATE", user)
-        request = pb.SaveKeyRequest(user_id=user, provider="openai", secret=a_key())
-        refusal = await refused(sidecar, "SaveKey", request)
-        refusal.check(grpc.StatusCode.UNAVAILABLE, "ROW_LOCKED", "RetryInfo")
+        await sql.execute("SELECT FROM users WHERE id = $1 FOR NO KEY UPDATE", user)
+        for method, request in (
+            ("SaveKey", pb.SaveKeyRequest(user_id=user, provider="openai", secret=a_key())),
+            ("UpdateKey", pb.UpdateKeyRequest(user_id=user, key_id=key_id, priority=1)),
+            ("DeleteKey", pb.DeleteKeyRequest(user_id=user, key_id=key_id)),
+            ("TestKey", pb.TestKeyRequest(user_id=user, key_id=key_id)),
+        ):
+            refusal = await refused(sidecar, method, request)
+            refusal.check(grpc.StatusCode.UNAVAILABLE, "ROW_LOCKED", "RetryInfo")
         assert (await save(sidecar, other)).key.state == USABLE
+        assert (await sidecar.decide(user)).WhichOneof("route") == "key"
     assert (await save(sidecar, user)).key.state == USABLE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -12,7 +13,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from keyturn.address import default_socket
-from keyturn_server.access import Caller
+from keyturn_server.access import ALL_ROLES
+from keyturn_server.access_file import Callers, parse_callers
+from keyturn_server.audit import Audit, Sink, open_audit
 from keyturn_server.configuration import Configuration
 from keyturn_server.decide import Decider
 from keyturn_server.errors import KeyturnFault, StoreUnavailable
@@ -36,7 +39,7 @@ from keyturn_server.rpc.pages import Pages
 from keyturn_server.rpc.report_service import ReportService
 from keyturn_server.rpc.routing_service import RoutingService
 from keyturn_server.rpc.user_service import UserService
-from keyturn_server.serving import Health, Services, claimed, serving
+from keyturn_server.serving import Admission, Health, Services, claimed, serving
 from keyturn_server.settings import Settings
 from keyturn_server.store.credits import Books
 from keyturn_server.store.database import Database, open_database
@@ -48,8 +51,10 @@ from keyturn_server.store.redemptions import Redemptions
 from keyturn_server.store.reports import Reports
 from keyturn_server.store.settings import load_configuration, load_token_roots
 from keyturn_server.store.user_keys import UserKeyRows
+from keyturn_server.tls import watched_tls
 from keyturn_server.user_keys import UserKeys
 from keyturn_server.user_settings import SettingsPage
+from keyturn_server.watched import Watched
 
 PUSH_SERVICE = "keyturn.push"
 """The name under which health tells whether changes in the database are announced."""
@@ -58,6 +63,7 @@ _EVERYTHING = "all"
 _MOST_SWEPT = 1000
 _FORGET_INTERVAL = timedelta(minutes=1)
 _MAX_WINDOWS = 1_000_000
+_LOOK_INTERVAL = timedelta(seconds=1)
 
 
 class NoDatabase(KeyturnFault):
@@ -83,23 +89,33 @@ class _Configurations:
 
 
 @asynccontextmanager
-async def sidecar(settings: Settings, *, log: Any) -> AsyncIterator[tuple[str, ...]]:
+async def sidecar(
+    settings: Settings, *, log: Any, audit: Sink | None = None
+) -> AsyncIterator[tuple[str, ...]]:
     """A whole sidecar: connected, migrated, listening for changes, and serving on its addresses.
+
+    The lines of the audit go to `audit` (stderr), which is where `log` goes as well.
 
     The addresses come back as they are listened on. At the end of the block it drains: calls in
     flight are finished, what the ledger has queued is carried out, everything is closed. Raises
-    `AddressError`, `KeyringError`, `WrongMasterKey`, `NoDatabase`, `DatabaseRefused`,
-    `MigrationError`, `EmbeddedPostgresError` and `StoreUnavailable`.
+    `AddressError`, `AccessFileError`, `TlsError`, `UnreadableFile`, `KeyringError`, `WrongMasterKey`,
+    `NoDatabase`, `DatabaseRefused`, `MigrationError`, `EmbeddedPostgresError` and `StoreUnavailable`.
     """
     if (settings.database_url is None) == (settings.embedded is None):
         raise NoDatabase
     addresses = settings.listen or (f"unix:{default_socket()}",)
-    with claimed(addresses, insecure_loopback=settings.insecure_loopback) as checked:
+    admission = Admission(
+        insecure_loopback=settings.insecure_loopback,
+        callers=_watched_callers(settings),
+        tls=watched_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca),
+    )
+    with claimed(addresses, admission) as checked:
         async with (
-            _services(settings, log=log) as services,
+            _services(settings, admission, log=log, sink=audit or sys.stderr) as services,
             serving(
                 services,
                 checked,
+                tls=admission.tls,
                 with_reflection=settings.reflection,
                 metrics_address=settings.metrics,
                 drain_timeout=settings.drain_timeout,
@@ -110,13 +126,16 @@ async def sidecar(settings: Settings, *, log: Any) -> AsyncIterator[tuple[str, .
 
 
 @asynccontextmanager
-async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
+async def _services(
+    settings: Settings, admission: Admission, *, log: Any, sink: Sink
+) -> AsyncIterator[Services]:
     keyring = Keyring.from_settings(
         settings.encryption_key.get_secret_value() if settings.encryption_key else None, settings.retired_keys
     )
     health = Health()
     metrics = Metrics()
     async with AsyncExitStack() as stack:
+        audit = stack.enter_context(open_audit(sink, on_lost=metrics.lost_audit_lines.inc))
         dsn = await database_url(settings, stack, log)
         applied = await migrate(
             dsn, on_wait=lambda: log.warning("migration_waits", reason="another one runs")
@@ -160,6 +179,7 @@ async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
         await _start_push(dsn, database, settings, configurations, profiles, metrics, health, log, background)
         background.start(_sweep(ledger, settings.sweep_interval, metrics, log), name="sweep")
         background.start(_forget(ledger, log), name="forget")
+        background.start(_reload(admission, metrics, log), name="reload")
 
         parts = _Parts(
             settings=settings,
@@ -170,7 +190,13 @@ async def _services(settings: Settings, *, log: Any) -> AsyncIterator[Services]:
             keyring=keyring,
             sealer=sealer,
             checks=checks,
-            guard=Guard(access=Access(), log=log, on_call=metrics.called),
+            guard=Guard(
+                access=_access(settings, admission),
+                log=log,
+                on_call=metrics.called,
+                on_denied=_Denials(metrics, log),
+            ),
+            audit=audit,
             metrics=metrics,
             log=log,
         )
@@ -222,6 +248,64 @@ class _Complaints:
             self._log.warning("store_unavailable", error=error, sqlstate=sqlstate)
 
 
+def _watched_callers(settings: Settings) -> Watched[Callers] | None:
+    if settings.access_file is None:
+        return None
+    return Watched((settings.access_file,), lambda files: parse_callers(files[0]))
+
+
+def _access(settings: Settings, admission: Admission) -> Access:
+    callers, nobody = admission.callers, Callers()
+    return Access(
+        callers=(lambda: nobody) if callers is None else (lambda: callers.value),
+        socket_roles=settings.socket_roles,
+        loopback_roles=ALL_ROLES if settings.insecure_loopback else frozenset(),
+        mutual_tls=admission.mutual_tls,
+    )
+
+
+async def _reload(admission: Admission, metrics: Metrics, log: Any) -> None:
+    """Look after the access file and the certificates, again and again, until cancelled."""
+    watched: list[tuple[str, Watched[Any]]] = []
+    if admission.callers is not None:
+        watched.append(("access", admission.callers))
+    if admission.tls is not None:
+        watched.append(("tls", admission.tls))
+    for name, _ in watched:
+        metrics.in_force(name, latest=True)
+    while watched:
+        await asyncio.sleep(_LOOK_INTERVAL.total_seconds())
+        for name, files in watched:
+            try:
+                # In a thread: the files may lie on something slow.
+                changed = await asyncio.to_thread(files.refresh)
+            except KeyturnFault as error:
+                metrics.in_force(name, latest=False)
+                log.error("reload_failed", file=name, reason=str(error))
+                continue
+            if changed:
+                metrics.in_force(name, latest=True)
+                if name == "access":
+                    log.info("access_reloaded")
+                else:
+                    log.info("tls_reloaded")
+
+
+class _Denials:
+    """Tells of calls that are turned away: each in the metrics, one a second in the log."""
+
+    def __init__(self, metrics: Metrics, log: Any) -> None:
+        self._metrics = metrics
+        self._log = log
+        self._next_line = 0.0
+
+    def __call__(self, code: str, method: str, caller: str) -> None:
+        self._metrics.denied(code)
+        if (now := time.monotonic()) >= self._next_line:
+            self._next_line = now + 1
+            self._log.warning("access_denied", code=code, method=method, caller=caller)
+
+
 class _KeyChecks:
     """Tells of keys that a provider was asked about: in the metrics, and of vain questions in the log."""
 
@@ -233,17 +317,6 @@ class _KeyChecks:
         self._metrics.key_checked(provider, result.value)
         if result is KeyCheck.UNVERIFIED:
             self._log.warning("key_unverified", provider=provider, cause=cause)
-
-
-class _LoggedChanges:
-    """Operators' changes as lines of the log."""
-
-    def __init__(self, log: Any) -> None:
-        self._log = log
-
-    def changed(self, caller: Caller, action: str, **facts: str | int | bool) -> None:
-        """One change was made."""
-        self._log.info("operator_change", action=action, caller=caller.name, **facts)
 
 
 class _Background:
@@ -392,6 +465,7 @@ class _Parts:
     sealer: TokenSealer
     checks: ProviderChecks
     guard: Guard
+    audit: Audit
     metrics: Metrics
     log: Any
 
@@ -410,7 +484,7 @@ def _user_service(parts: _Parts) -> UserService:
             keyring=parts.keyring,
             clock=_now,
         ),
-        changes=_LoggedChanges(parts.log),
+        changes=parts.audit,
         on_change=parts.profiles.expire,
     )
 
@@ -420,7 +494,7 @@ def _credit_service(parts: _Parts) -> CreditService:
         grants=parts.ledger,
         books=Books(parts.database),
         pages=Pages(parts.sealer),
-        changes=_LoggedChanges(parts.log),
+        changes=parts.audit,
     )
 
 
@@ -481,6 +555,7 @@ def _routing_service(parts: _Parts) -> RoutingService:
             sealer=parts.sealer,
             clock=_now,
         ),
+        audit=parts.audit,
         guard=parts.guard,
     )
 
@@ -498,4 +573,4 @@ def _key_service(parts: _Parts) -> KeyService:
         on_change=parts.profiles.expire,
         on_bad_pattern=bad_pattern,
     )
-    return KeyService(keys, changes=_LoggedChanges(parts.log))
+    return KeyService(keys, changes=parts.audit)

@@ -4,8 +4,14 @@ found its way into an event, ours or a library's, leaves as `***`."""
 from __future__ import annotations
 
 import logging
+import os
+import queue
+import select
 import sys
-from collections.abc import MutableMapping
+import threading
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TextIO
 
 import structlog
@@ -17,6 +23,9 @@ from keyturn_server.scrub import STRUCK, scrub
 _SECRET_FIELDS = frozenset(
     {"secret", "token", "ticket", "handle", "key_handle", "credit_ticket", "password", "authorization", "dsn"}
 )
+
+_MOST_WAITING = 16 * 1024 * 1024
+_LAST_WRITE = timedelta(seconds=5)
 
 
 def scrub_event(logger: Any, name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -43,7 +52,76 @@ def _clean(value: Any) -> Any:
             return scrub(repr(value))
 
 
-def configure_logs(level: str, *, stream: TextIO | None = None) -> None:
+class LineWriter:
+    """Writes lines to a file descriptor in a thread of its own, in order.
+
+    So whoever logs never waits for whoever reads: what cannot be written for long is lost, and a
+    line says how much was.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._taken = 0
+        self._done = 0
+        self._lost = 0
+        self._broken = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> int:
+        """Have whole lines written; how many characters will be, and 0 if none."""
+        if self._taken - self._done > _MOST_WAITING:
+            self._lost += text.count("\n")
+            return 0
+        self._taken += len(text)
+        self._texts.put(text)
+        return 0 if self._broken else len(text)
+
+    def flush(self) -> None:
+        """Nothing: a stream has it, and lines are on their way as they are."""
+
+    def close(self) -> None:
+        """Wait until everything is written, but not for a reader that does not read."""
+        self._texts.put(None)
+        self._thread.join(_LAST_WRITE.total_seconds())
+
+    def _run(self) -> None:
+        told = 0
+        while (text := self._texts.get()) is not None:
+            lost = self._lost
+            notice = f'{{"event": "log_lost", "lines": {lost - told}, "level": "error"}}\n'
+            try:
+                self._write(text if lost == told else notice + text)
+                told = lost
+                self._broken = False
+            except OSError:
+                self._broken = True
+            self._done += len(text)
+
+    def _write(self, text: str) -> None:
+        rest = memoryview(text.encode(errors="backslashreplace"))
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BlockingIOError:  # somebody who shares the descriptor wants it so
+                select.select((), (self._descriptor,), ())
+
+
+@contextmanager
+def logging_apart(level: str) -> Iterator[LineWriter]:
+    """The same as `configure_logs`, with a thread that writes, for the length of the block."""
+    # Where stderr was closed its number may be anything by now.
+    writer = LineWriter(os.open(os.devnull, os.O_WRONLY) if sys.stderr is None else sys.stderr.fileno())
+    configure_logs(level, stream=writer)
+    try:
+        yield writer
+    finally:
+        writer.close()
+        configure_logs(level)
+
+
+def configure_logs(level: str, *, stream: TextIO | LineWriter | None = None) -> None:
     """Send structlog's and the standard library's events to `stream` (stderr), from `level` up."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,

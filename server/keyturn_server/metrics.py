@@ -49,9 +49,35 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._denied = Counter(
+            "keyturn_access_denied_total",
+            "Calls turned away, by status code",
+            ["code"],
+            registry=self.registry,
+        )
+        self.lost_audit_lines = Counter(
+            "keyturn_audit_lost_total",
+            "Lines of the audit that the log did not take",
+            registry=self.registry,
+        )
+        self._in_force = Gauge(
+            "keyturn_file_in_force",
+            "1 while the watched files are in force as they are, 0 while older ones are",
+            ["file"],
+            registry=self.registry,
+        )
+
     def key_checked(self, provider: str, result: str) -> None:
         """One provider was asked about a key."""
         self._key_checks.labels(provider, result).inc()
+
+    def denied(self, code: str) -> None:
+        """A caller was turned away."""
+        self._denied.labels(code).inc()
+
+    def in_force(self, file: str, *, latest: bool) -> None:
+        """Whether the `access` file or the `tls` files are in force as they are now."""
+        self._in_force.labels(file).set(latest)
 
     def unavailable(self, sqlstate: str) -> None:
         """One statement was not taken; empty where the server said nothing."""

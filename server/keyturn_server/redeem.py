@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 from uuid import UUID
@@ -19,6 +20,16 @@ class Claims(Protocol):
     """Where it is kept which handles have given up their secret."""
 
     async def claim(self, *, user_id: str, decision_id: UUID, expires_at: datetime) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redeemed:
+    """A secret, and which one it is."""
+
+    secret: Secret
+    user_id: str
+    key_id: UUID
+    decision_id: UUID
 
 
 class Redeemer:
@@ -39,7 +50,7 @@ class Redeemer:
         self._sealer = sealer
         self._clock = clock
 
-    async def redeem(self, handle: str) -> Secret:
+    async def redeem(self, handle: str) -> Redeemed:
         """The secret; the handle is spent. A handle whose key cannot be opened is not spent.
 
         Raises `InvalidToken`, `HandleExpired`, `HandleRedeemed`, `KeyGone` and `StoreUnavailable`.
@@ -66,4 +77,6 @@ class Redeemer:
             user_id=claims.user_id, decision_id=claims.decision_id, expires_at=claims.expires_at
         ):
             raise HandleRedeemed
-        return secret
+        return Redeemed(
+            secret=secret, user_id=claims.user_id, key_id=claims.key_id, decision_id=claims.decision_id
+        )

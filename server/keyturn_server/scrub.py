@@ -23,6 +23,8 @@ _SECRETS: Final = re.compile(
     | \b (?-i: AQ\.[\w-]{20,} )
       # Our handles and tickets, and our ciphertexts.
     | \b kt[ht]\d_[\w-]+
+      # Our callers' tokens.
+    | \b kta_[\w-]{8,}
     | \b v1\.[0-9a-f]{16}\.[\w-]+
       # A master key.
     | \b [0-9a-f]{64} \b

@@ -9,7 +9,7 @@ import ipaddress
 import os
 import signal
 import stat
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_channelz.v1 import channelz, channelz_pb2
+from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import start_http_server
 
+from keyturn_server.access_file import Callers
 from keyturn_server.errors import KeyturnFault
 from keyturn_server.metrics import Metrics
 from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Context, Guard, Service
+from keyturn_server.tls import TlsFiles
+from keyturn_server.watched import Watched
 
 _MAX_SOCKET_PATH = 107
 _SERVING: int = health_pb2.HealthCheckResponse.SERVING
@@ -118,14 +121,30 @@ class Services:
     metrics: Metrics
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """How callers may come in."""
+
+    insecure_loopback: bool = False
+    """Whether every local process may call a loopback address."""
+    callers: Watched[Callers] | None = None
+    tls: Watched[TlsFiles] | None = None
+    """With it, TCP is spoken over TLS alone."""
+
+    @property
+    def mutual_tls(self) -> bool:
+        """Whether callers over TCP have to have a certificate."""
+        return self.tls is not None and self.tls.value.client_ca is not None
+
+
 @contextlib.contextmanager
-def claimed(addresses: Sequence[str], *, insecure_loopback: bool) -> Iterator[tuple[str, ...]]:
+def claimed(addresses: Sequence[str], admission: Admission) -> Iterator[tuple[str, ...]]:
     """The addresses, checked, and the Unix sockets among them locked for this process.
 
     Done before anything else, so that a second sidecar fails before it touches the database. Raises
     `AddressError`.
     """
-    checked = tuple(_check(address, insecure_loopback=insecure_loopback) for address in addresses)
+    checked = tuple(_check(address, admission) for address in addresses)
     with contextlib.ExitStack() as stack:
         for address in checked:
             if address.startswith("unix:"):
@@ -138,6 +157,7 @@ async def serving(
     services: Services,
     addresses: Sequence[str],
     *,
+    tls: Watched[TlsFiles] | None,
     with_reflection: bool,
     metrics_address: str | None,
     drain_timeout: timedelta,
@@ -150,22 +170,22 @@ async def serving(
     """
     server = grpc.aio.server(options=_OPTIONS)
     names = tuple(service.name for service in services.services)
-    server.add_generic_rpc_handlers([services.guard.handler(service) for service in services.services])
-    health_pb2_grpc.add_HealthServicer_to_server(services.health, server)
+    foreign = _Foreign()
+    health_pb2_grpc.add_HealthServicer_to_server(services.health, foreign)
     if with_reflection:
-        channelz.add_channelz_servicer(server)
-        _add_reflection(
-            server,
-            (
-                *names,
-                health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-                channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
-                reflection.SERVICE_NAME,
-            ),
-            services.health.draining,
-        )
+        channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.aio.ChannelzServicer(), foreign)
+        reflected = (*names, *foreign.services, reflection.SERVICE_NAME)
+        foreign.services |= _reflection(reflected, services.health.draining)
+    guard = services.guard
+    server.add_generic_rpc_handlers(
+        [
+            *(guard.handler(service) for service in services.services),
+            *(guard.foreign(name, handlers) for name, handlers in foreign.services.items()),
+            guard.rest(),
+        ]
+    )
     with contextlib.ExitStack() as stack:
-        bound = tuple([_bind(server, address) for address in addresses])
+        bound = tuple([_bind(server, address, tls) for address in addresses])
         if metrics_address is not None:
             _serve_metrics(metrics_address, services.metrics, stack)
         for name in ("", *names):
@@ -177,7 +197,7 @@ async def serving(
         finally:
             # New calls are told to go elsewhere, those in flight are finished. What never ends by
             # itself, watches and reflection, has been told to: so this ends with the last answer.
-            log.info("draining", in_flight=services.guard.in_flight)
+            log.info("draining", in_flight=guard.in_flight)
             services.health.drain()
             await server.stop(drain_timeout.total_seconds())
             log.info("stopped")
@@ -211,7 +231,24 @@ async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: 
             loop.remove_signal_handler(number)
 
 
-def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...], draining: asyncio.Event) -> None:
+class _Foreign:
+    """Takes the place of a server where generated code adds a service, and keeps its handlers."""
+
+    def __init__(self) -> None:
+        self.services: dict[str, Mapping[str, grpc.RpcMethodHandler[Any, Any]]] = {}
+
+    def add_registered_method_handlers(
+        self, service_name: str, method_handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+    ) -> None:
+        self.services[service_name] = method_handlers
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """The same handlers in another form."""
+
+
+def _reflection(
+    services: tuple[str, ...], draining: asyncio.Event
+) -> dict[str, Mapping[str, grpc.RpcMethodHandler[Any, Any]]]:
     """Reflection under its two names: the library has only v1alpha, which v1 equals on the wire."""
     servicer = reflection.aio.ReflectionServicer(services)
 
@@ -233,12 +270,11 @@ def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...], draining
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
-    for name in (reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"):
-        methods = {"ServerReflectionInfo": handler}
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
+    methods = {"ServerReflectionInfo": handler}
+    return {reflection.SERVICE_NAME: methods, "grpc.reflection.v1.ServerReflection": methods}
 
 
-def _check(address: str, *, insecure_loopback: bool) -> str:
+def _check(address: str, admission: Admission) -> str:
     """The address as gRPC takes it, if it is one that may be listened on."""
     if address.startswith("unix:"):
         path = Path(address.removeprefix("unix:").removeprefix("//")).absolute()
@@ -251,15 +287,22 @@ def _check(address: str, *, insecure_loopback: bool) -> str:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise AddressError(f"{address!r} is no address: give unix:PATH or host:port.")
-    if not _is_loopback(host.strip("[]")):
+    if admission.tls is not None:
+        if admission.insecure_loopback:
+            raise AddressError(
+                f"{address}: --insecure-loopback is for TCP without TLS. Leave it out, or --tls-cert."
+            )
+        if admission.callers is None:
+            raise AddressError(f"{address}: TLS knows its callers from an access file: give --access-file.")
+    elif not _is_loopback(host.strip("[]")):
         raise AddressError(
-            f"{address}: TCP off loopback needs TLS, which this release does not have. "
-            "Listen on loopback or a Unix socket."
+            f"{address}: TCP off loopback needs TLS (--tls-cert, --tls-key) and an access file "
+            "(--access-file). Give them, or listen on loopback or a Unix socket."
         )
-    if not insecure_loopback:
+    elif not admission.insecure_loopback and not (admission.callers and admission.callers.value.by_token):
         raise AddressError(
-            f"{address}: any local process could call a TCP port. Listen on unix:PATH, or say "
-            "--insecure-loopback if every local process may."
+            f"{address}: any local process could call a TCP port. Listen on unix:PATH, give an access "
+            "file with tokens (--access-file), or say --insecure-loopback if every local process may."
         )
     return address
 
@@ -309,14 +352,37 @@ def _lock_socket(path: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _bind(server: grpc.aio.Server, address: str) -> str:
+def _bind(server: grpc.aio.Server, address: str, tls: Watched[TlsFiles] | None) -> str:
     try:
-        port = server.add_insecure_port(address)
+        if tls is None or address.startswith("unix:"):
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, _credentials(tls))
     except RuntimeError:
         port = 0
     if not port:
         raise AddressError(f"{address}: cannot be listened on; is another server there?")
     return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _credentials(tls: Watched[TlsFiles]) -> grpc.ServerCredentials:
+    """The credentials of one port. For each connection gRPC asks whether the files are other ones."""
+    used = tls.value
+
+    def newer() -> Any:
+        nonlocal used
+        if (latest := tls.value) is used:
+            return None
+        used = latest
+        return _certificates(latest)
+
+    return grpc.dynamic_ssl_server_credentials(_certificates(used), newer, used.client_ca is not None)
+
+
+def _certificates(tls: TlsFiles) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration(
+        [(tls.private_key, tls.certificate_chain)], root_certificates=tls.client_ca
+    )
 
 
 def _serve_metrics(address: str, metrics: Metrics, stack: contextlib.ExitStack) -> None:

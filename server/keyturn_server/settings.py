@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from keyturn_server.access import ALL_ROLES, Role
 from keyturn_server.errors import KeyturnFault
 
 # Names with this alias are read as they are, without the prefix.
@@ -42,6 +43,14 @@ class Settings(BaseSettings):
     """Addresses, `unix:PATH` or `host:port`, comma-separated. Empty: the default Unix socket."""
     reflection: bool = False
     insecure_loopback: bool = False
+    socket_roles: Annotated[frozenset[Role], NoDecode] = Field(default=ALL_ROLES, min_length=1)
+    """The roles of whoever calls on a Unix socket, comma-separated."""
+    access_file: Path | None = None
+    """Who else may call: see access_file.py."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """Whose certificates callers over TLS have to have. Unset: they are asked for none."""
     metrics: str | None = None
     """`host:port` for Prometheus; none by default."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -89,9 +98,9 @@ class Settings(BaseSettings):
             return float(value) if isinstance(value, str) else value
         return value
 
-    @field_validator("listen", mode="before")
+    @field_validator("listen", "socket_roles", mode="before")
     @classmethod
-    def _split_addresses(cls, value: object) -> object:
+    def _split(cls, value: object) -> object:
         return (
             tuple(part.strip() for part in value.split(",") if part.strip())
             if isinstance(value, str)
@@ -99,7 +108,16 @@ class Settings(BaseSettings):
         )
 
     @field_validator(
-        "encryption_keys_retired", "database_url", "embedded", "metrics", "provider_proxy", mode="before"
+        "encryption_keys_retired",
+        "database_url",
+        "embedded",
+        "access_file",
+        "tls_cert",
+        "tls_key",
+        "tls_client_ca",
+        "metrics",
+        "provider_proxy",
+        mode="before",
     )
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:

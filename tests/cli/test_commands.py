@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import re
+from pathlib import Path
 
 import pytest
 
+from keyturn_server.access_file import digest_of, parse_callers
 from keyturn_server.keys.keyring import parse_master_key
+from keyturn_server.watched import File
 from tests.cli.command import Finished, keyturn
-from tests.support import MASTER_KEY, temporary_directory
+from tests.support import MASTER_KEY, Sidecar, temporary_directory
 
 OPTIONS = {
-    ("serve",): {"listen", "embedded", "reflection", "insecure-loopback", "metrics"},
+    ("serve",): {
+        "listen",
+        "embedded",
+        "reflection",
+        "insecure-loopback",
+        "socket-roles",
+        "access-file",
+        "tls-cert",
+        "tls-key",
+        "tls-client-ca",
+        "metrics",
+    },
     ("db", "migrate"): {"embedded"},
     ("demo",): {"once"},
     ("keygen",): set(),
+    ("health",): {"address", "token-file", "ca"},
+    ("token",): {"role"},
 }
-NOT_IN_THE_ENVIRONMENT = {"once"}
+NOT_IN_THE_ENVIRONMENT = {"once", "role"}
 
 
 async def test_the_help_of_each_command_shows_every_option_with_its_variable() -> None:
@@ -33,7 +49,16 @@ async def test_the_help_of_each_command_shows_every_option_with_its_variable() -
 async def test_the_help_of_the_whole_names_each_command_and_the_master_keys() -> None:
     finished = await keyturn("--help")
     assert finished.code == 0
-    for word in ("serve", "db", "demo", "keygen", "ENCRYPTION_KEY", "ENCRYPTION_KEYS_RETIRED"):
+    for word in (
+        "serve",
+        "db",
+        "demo",
+        "keygen",
+        "health",
+        "token",
+        "ENCRYPTION_KEY",
+        "ENCRYPTION_KEYS_RETIRED",
+    ):
         assert word in finished.out
 
 
@@ -185,3 +210,56 @@ async def test_settings_that_make_no_sense_are_all_named_without_their_values(da
         check_refusal(finished, f"{variable}: ")
     assert "canary" not in finished.err
     assert "1234567" not in finished.err
+
+
+async def test_token_prints_a_token_once_and_the_entry_that_takes_it() -> None:
+    first, second = await asyncio.gather(
+        *(keyturn("token", "web", "--role", "gateway", "--role", "viewer") for _ in range(2))
+    )
+    assert first.code == 0
+    assert re.fullmatch(r"kta_[A-Za-z0-9_-]{43}\n", first.out)
+    assert first.out != second.out
+    token = first.out.strip()
+    assert token not in first.err
+    file = File(path=Path("/access.toml"), mode=0o600, contents=first.err.encode())
+    assert parse_callers(file).by_token[digest_of(token)].name == "token:web"
+
+
+async def test_a_token_for_no_role_or_an_unusable_name_is_not_made() -> None:
+    none, unknown, name = await asyncio.gather(
+        keyturn("token", "web"),
+        keyturn("token", "web", "--role", "king"),
+        keyturn("token", "we b", "--role", "gateway"),
+    )
+    assert (none.code, unknown.code, name.code) == (2, 2, 1)
+    for finished in (none, unknown, name):
+        assert "kta_" not in finished.out + finished.err
+
+
+async def test_health_ends_with_1_where_nobody_is_and_says_so() -> None:
+    async with temporary_directory() as directory:
+        away = f"unix:{directory}/s"
+        cases = {
+            ("--address", away): "UNAVAILABLE",
+            ("--address", "nonsense"): "write unix:PATH or HOST:PORT",
+            ("--address", "example.com:1"): "is not this machine",
+            ("--address", away, "--token-file", f"{directory}/none"): "none: cannot be read",
+            ("--address", away, "--ca", f"{directory}/none"): "none: cannot be read",
+        }
+        ends = await asyncio.gather(*(keyturn("health", *options) for options in cases))
+        spaces = await keyturn("health", "--address", away, KEYTURN_TOKEN="kta_se cret")
+    for finished, reason in zip([*ends, spaces], [*cases.values(), "a token is printable"], strict=True):
+        assert finished.code == 1
+        assert reason in finished.err
+        assert "Traceback" not in finished.err
+        assert "se cret" not in finished.err
+
+
+async def test_health_tells_what_the_sidecar_says_of_a_name(sidecar: Sidecar) -> None:
+    well, unknown = await asyncio.gather(
+        keyturn("health", "keyturn.push", KEYTURN_ADDRESS=sidecar.address),
+        keyturn("health", "no.such.Service", KEYTURN_ADDRESS=sidecar.address),
+    )
+    assert (well.code, well.out) == (0, "SERVING\n")
+    assert unknown.code == 1
+    assert "NOT_FOUND" in unknown.err

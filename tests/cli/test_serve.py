@@ -15,10 +15,14 @@ import pytest
 from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as pb
 from keyturn.v1 import routing_service_pb2_grpc
-from keyturn_server.serving import AddressError, claimed
+from keyturn_server.access_file import parse_callers
+from keyturn_server.serving import AddressError, Admission, claimed
+from keyturn_server.tls import watched_tls
+from keyturn_server.watched import Watched
 from tests.cli.command import Finished, Served, free_port, keyturn, serving
 from tests.factories import Factory
 from tests.support import MASTER_KEY, temporary_directory
+from tests.test_access import AUTHORITY, entry, files, spiffe_id, token_of, write
 
 
 async def decide(served: Served, user: str, index: int = 0, **fields: Any) -> pb.DecideResponse:
@@ -57,9 +61,11 @@ async def test_it_serves_on_several_addresses_at_once(database: str, make: Facto
 
 OFF_LIMITS = {
     "127.0.0.1:0": "--insecure-loopback",
+    "127.0.0.1:1": "--access-file",
     "localhost:50051": "--insecure-loopback",
     "[::1]:50051": "--insecure-loopback",
     "0.0.0.0:50051": "TLS",
+    "0.0.0.0:50052": "--access-file",
     "[::]:50051": "TLS",
     "192.0.2.1:50051": "TLS",
     "example.com:50051": "TLS",
@@ -68,9 +74,9 @@ OFF_LIMITS = {
 GARBAGE = ("", "nonsense", ":50051", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:http", "unix-abstract:x")
 
 
-def refusal(address: str, *, insecure_loopback: bool = False) -> str:
+def refusal(address: str, **admission: Any) -> str:
     """Why an address is not listened on."""
-    with pytest.raises(AddressError) as caught, claimed([address], insecure_loopback=insecure_loopback):
+    with pytest.raises(AddressError) as caught, claimed([address], Admission(**admission)):
         pass
     return str(caught.value)
 
@@ -79,10 +85,98 @@ async def test_addresses_that_others_could_call_are_refused(database: str) -> No
     for address, reason in OFF_LIMITS.items():
         assert address in refusal(address)
         assert reason in refusal(address)
-        if reason == "TLS":
+        if not address.startswith(("127", "localhost:", "[::1]")):
             assert reason in refusal(address, insecure_loopback=True), "that option is for loopback"
     finished = await refuse(database, "0.0.0.0:50051", KEYTURN_INSECURE_LOOPBACK="true")
     assert "0.0.0.0:50051: TCP off loopback needs TLS" in finished.err
+
+
+async def test_tcp_is_for_tls_or_for_tokens_or_on_purpose_for_everybody() -> None:
+    """What has to be there for an address to be listened on."""
+    async with files() as directory:
+        access = directory / "access.toml"
+        tls = watched_tls(directory / "cert.pem", directory / "key.pem", None)
+        tokens = Watched([access], lambda read: parse_callers(read[0]))
+        write(access, entry("web", ["gateway"], certificates=["web.example.com"]))
+        certificates = Watched([access], lambda read: parse_callers(read[0]))
+        here, there = "127.0.0.1:50051", "0.0.0.0:50051"
+
+        def taken(address: str, **admission: Any) -> bool:
+            try:
+                with claimed([address], Admission(**admission)):
+                    return True
+            except AddressError:
+                return False
+
+        assert taken(here, insecure_loopback=True)
+        assert taken(here, callers=tokens)
+        assert not taken(here)
+        assert not taken(here, callers=certificates), "nobody could ever call"
+        assert not taken(here, tls=tls), "nobody could ever call"
+        for callers in (tokens, certificates):
+            assert taken(here, tls=tls, callers=callers)
+            assert taken(there, tls=tls, callers=callers)
+            assert not taken(there, callers=callers)
+            assert not taken(there, callers=callers, insecure_loopback=True)
+            assert "--insecure-loopback" in refusal(here, tls=tls, callers=callers, insecure_loopback=True)
+        assert not taken(there, tls=tls)
+        assert "--access-file" in refusal(there, tls=tls)
+
+
+async def test_files_that_are_wrong_are_named_at_the_start(database: str) -> None:
+    async with files() as directory:
+        access = str(write(directory / "access.toml", entry("web", ["king"])))
+        cert, key = str(directory / "cert.pem"), str(directory / "ca.pem")
+        socket = f"unix:{directory}/run/s"
+        wrong, missing, tls, half, roles = await asyncio.gather(
+            refuse(database, socket, KEYTURN_ACCESS_FILE=access),
+            refuse(database, socket, KEYTURN_ACCESS_FILE=f"{directory}/none"),
+            refuse(database, socket, KEYTURN_TLS_CERT=cert, KEYTURN_TLS_KEY=key),
+            refuse(database, socket, KEYTURN_TLS_CERT=cert),
+            refuse(database, socket, KEYTURN_SOCKET_ROLES="gateway,king"),
+        )
+        assert f"{access}: callers[1] (web).roles: a list of at least one of" in wrong.err
+        assert f"{directory}/none: cannot be read" in missing.err
+        assert f"{key}: is no private key" in tls.err
+        assert "both --tls-cert and --tls-key" in half.err
+        assert "KEYTURN_SOCKET_ROLES" in roles.err
+
+
+async def test_it_serves_on_tcp_with_tls_and_an_access_file(database: str) -> None:
+    async with files() as directory:
+        tls = ("--tls-cert", f"{directory}/cert.pem", "--tls-key", f"{directory}/key.pem")
+        mutual = ("--tls-client-ca", f"{directory}/ca.pem")
+        access = ("--access-file", f"{directory}/access.toml")
+        token = write(directory / "token", token_of("viewer") + "\n")
+        ours = AUTHORITY.caller(spiffe_id("viewer"))
+        write(directory / "caller.cert", ours.certificate)
+        write(directory / "caller.key", ours.key)
+        certificate = ("--cert", f"{directory}/caller.cert", "--key", f"{directory}/caller.key")
+        trust = ("--ca", f"{directory}/ca.pem")
+        listen = ("--listen", "0.0.0.0:0", "--listen", f"unix:{directory}/run/s")
+        for more in ((), mutual):
+            async with serving(
+                directory, *listen, *tls, *access, *more, KEYTURN_DATABASE_URL=database
+            ) as served:
+                address = f"127.0.0.1:{served.addresses[0].rpartition(':')[2]}"
+                where = {"KEYTURN_ADDRESS": address}
+                plain, nobody, by_token, by_variable, by_certificate, elsewhere = await asyncio.gather(
+                    keyturn("health", **where),
+                    keyturn("health", *trust, **where),
+                    keyturn("health", *trust, "--token-file", str(token), **where),
+                    keyturn("health", KEYTURN_CA=trust[1], KEYTURN_TOKEN=token_of("viewer"), **where),
+                    keyturn("health", *trust, *certificate, **where),
+                    keyturn("health", "--address", f"unix:{directory}/run/s", **where),
+                )
+                assert (plain.code, nobody.code) == (1, 1)
+                assert (by_token.code, by_variable.code) == ((1, 1) if more else (0, 0))
+                assert by_certificate.code == (0 if more else 1)
+                assert (elsewhere.code, elsewhere.out) == (0, "SERVING\n")
+                if not more:
+                    assert "UNAUTHENTICATED: This caller is not known here." in nobody.err
+                served.signal(signal.SIGTERM)
+                assert await served.end() == 0
+                assert not served.strays
 
 
 async def test_addresses_that_are_none_are_refused(database: str) -> None:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from keyturn.secret import Secret
 from keyturn_server.configuration import Provider
 from keyturn_server.keys.provider_checks import KeyCheck, ProviderChecks, open_provider_checks
 from tests import providers as play
 from tests.providers import NOBODY, Providers, playing_providers
+from tests.support import eventually
 
 KEY = "sk-proj-aB3dE6fGh9iJkLmN_oPqRs-tUvW4x5Yz"
 VALID, INVALID, UNVERIFIED = KeyCheck.VALID, KeyCheck.INVALID, KeyCheck.UNVERIFIED
@@ -114,7 +122,7 @@ ANSWERS: dict[str, tuple[play.Behaviour, KeyCheck, str]] = {
     "a reset": (play.reset, UNVERIFIED, "The provider cannot be reached."),
     "a closed connection": (play.close, UNVERIFIED, "The provider cannot be reached."),
     "no HTTP": (play.babble, UNVERIFIED, "The provider cannot be reached."),
-    "64 MiB": (play.flood, INVALID, f"{REFUSED} (401)."),
+    "a gigabyte": (play.flood, INVALID, f"{REFUSED} (401)."),
 }
 
 
@@ -163,12 +171,14 @@ async def test_a_refusal_with_another_status_is_known_by_what_the_row_says_of_it
 
 PLACES: dict[str, tuple[dict[str, Any], str]] = {
     "nobody listens": ({"base_url": NOBODY}, "The provider cannot be reached."),
-    "no such host": ({"base_url": "http://no-such-host.invalid"}, "The provider cannot be reached."),
     "no URL": ({"base_url": "openai"}, "The provider cannot be reached."),
     "no URL at all": ({"base_url": "http://[::1"}, "The provider cannot be reached."),
     "no scheme of ours": ({"base_url": "ftp://127.0.0.1"}, "The provider cannot be reached."),
     "a header of two lines": ({"auth_header": "a\r\nb"}, "The provider cannot be reached."),
     "a prefix of two lines": ({"auth_prefix": "Bearer\r\nx: "}, "The provider cannot be reached."),
+    "a header of two words": ({"auth_header": "x key"}, "The provider cannot be reached."),
+    "a header that is two": ({"auth_header": "x: y\r\nkey"}, "The provider cannot be reached."),
+    "a prefix in Greek": ({"auth_prefix": "κλειδί "}, "The provider cannot be reached."),
     "a header without a name": ({"auth_header": ""}, "The provider cannot be reached."),
     "a header in Greek": ({"check_headers": {"κλειδί": "x"}}, "The provider cannot be reached."),
     "no way to check": ({"check_path": None}, "Keys of this provider cannot be checked."),
@@ -177,12 +187,13 @@ PLACES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", PLACES)
 async def test_a_provider_that_cannot_be_asked_says_nothing_of_the_key(
-    openai: Provider, checks: ProviderChecks, name: str, caplog: pytest.LogCaptureFixture
+    server: Providers, openai: Provider, checks: ProviderChecks, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes, message = PLACES[name]
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, "httpcore"):
         checked = await checks.check(replace(openai, **changes), Secret(KEY))
     assert (checked.result, checked.message) == (UNVERIFIED, message)
+    assert server.seen == []
     assert_clean(caplog.text)
 
 
@@ -263,6 +274,52 @@ async def test_a_proxy_is_the_one_that_is_set_and_none_of_the_environment(
     assert len(server.seen) == 1
 
 
+def certificate_in(directory: Path) -> tuple[Path, Path]:
+    """A new certificate for 127.0.0.1 that nobody has signed but itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a provider")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    files = directory / "certificate.pem", directory / "key.pem"
+    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    files[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return files
+
+
+async def test_a_provider_gets_a_key_only_once_it_has_proven_who_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = certificate_in(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    timeout = timedelta(seconds=30)
+    async with playing_providers(tls=tls) as server:
+        provider = replace(OPENAI, base_url=f"{server.url}/openai/v1")
+        async with open_provider_checks(timeout=timeout, proxy=None) as checks:
+            assert (await checks.check(provider, Secret(KEY))).result is UNVERIFIED
+        assert server.seen == []
+        # Where OpenSSL finds what this machine trusts.
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        async with open_provider_checks(timeout=timeout, proxy=None) as checks:
+            assert (await checks.check(provider, Secret(KEY))).result is VALID
+        assert [seen.key for seen in server.seen] == [KEY]
+
+
 async def test_so_many_at_once_and_no_more(
     server: Providers, openai: Provider, checks: ProviderChecks
 ) -> None:
@@ -281,9 +338,13 @@ async def test_whoever_waits_too_long_for_a_turn_is_not_asked(server: Providers,
     async with open_provider_checks(timeout=timedelta(seconds=1), proxy=None) as checks:
         found = await asyncio.gather(*(checks.check(openai, Secret(KEY)) for _ in range(100)))
         assert [checked.result for checked in found] == [UNVERIFIED] * 100
-        assert len(server.seen) == 64
+        assert len(server.seen) <= 64
         server.will(play.accept, KEY)
-        assert (await checks.check(openai, Secret(KEY))).result is VALID, "the turns are free again"
+
+        async def is_valid() -> bool:
+            return (await checks.check(openai, Secret(KEY))).result is VALID
+
+        await eventually(is_valid)  # the turns are free again
 
 
 async def test_what_came_of_it_is_told_by_its_cause_alone(server: Providers, openai: Provider) -> None:

@@ -100,7 +100,7 @@ async def _shown(console: Console, *, stays: bool = False) -> AsyncIterator[None
             encryption_key=SecretStr(master_key),
             encryption_keys_retired=None,
         )
-        (address,) = await stack.enter_async_context(sidecar(settings, log=log))
+        (address,) = await stack.enter_async_context(sidecar(settings, log=log, audit=_Unheard()))
         database = await stack.enter_async_context(
             open_database(postgres.dsn, connections=2, connect_timeout=_LIMIT, statement_timeout=_LIMIT)
         )
@@ -112,6 +112,13 @@ async def _shown(console: Console, *, stays: bool = False) -> AsyncIterator[None
         if stays:
             _say_what_to_try(console, address, postgres.socket_directory)
         yield
+
+
+class _Unheard:
+    """The demo's screen is for its tables."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 def _free_port() -> int:

@@ -9,7 +9,7 @@ import uvloop
 from cyclopts import Parameter
 
 from keyturn_server.app import sidecar
-from keyturn_server.logs import configure_logs, get_log
+from keyturn_server.logs import get_log, logging_apart
 from keyturn_server.serving import until_signalled
 from keyturn_server.settings import read_settings
 
@@ -20,6 +20,11 @@ def serve(
     embedded: Path | None = None,
     reflection: Annotated[bool | None, Parameter(negative="")] = None,
     insecure_loopback: Annotated[bool | None, Parameter(negative="")] = None,
+    socket_roles: str | None = None,
+    access_file: Path | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    tls_client_ca: Path | None = None,
     metrics: str | None = None,
 ) -> None:
     """Run the sidecar until SIGTERM or SIGINT; calls in flight are finished first.
@@ -38,6 +43,20 @@ def serve(
         Serve reflection and channelz, for grpcurl and buf curl. [KEYTURN_REFLECTION]
     insecure_loopback
         Let any local process call a loopback TCP address. [KEYTURN_INSECURE_LOOPBACK]
+    socket_roles
+        What callers on a Unix socket may do: gateway, operator, viewer, comma-separated. Default: all
+        of it. [KEYTURN_SOCKET_ROLES]
+    access_file
+        Who else may call, by token or certificate, and in which roles; see `keyturn token`. Read again
+        when it changes. [KEYTURN_ACCESS_FILE]
+    tls_cert
+        The sidecar's certificate, and those that lead to its authority, as PEM; TCP is then spoken over
+        TLS. Read again when it changes, as are the next two. [KEYTURN_TLS_CERT]
+    tls_key
+        The private key of that certificate, as PEM. [KEYTURN_TLS_KEY]
+    tls_client_ca
+        The authorities of callers' certificates, as PEM: every caller over TLS has to have one.
+        [KEYTURN_TLS_CLIENT_CA]
     metrics
         host:port for Prometheus metrics over HTTP. [KEYTURN_METRICS]
     """
@@ -46,8 +65,13 @@ def serve(
         embedded=embedded,
         reflection=reflection,
         insecure_loopback=insecure_loopback,
+        socket_roles=socket_roles,
+        access_file=access_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
         metrics=metrics,
     )
-    configure_logs(settings.log_level)
-    log = get_log()
-    uvloop.run(until_signalled(sidecar(settings, log=log), log=log))
+    with logging_apart(settings.log_level) as lines:
+        log = get_log()
+        uvloop.run(until_signalled(sidecar(settings, log=log, audit=lines), log=log))

@@ -33,6 +33,7 @@ _MOST_NESTED: Final = 4
 _SHORTEST_PART: Final = 5
 
 _SENDABLE: Final = re.compile(r"[\x21-\x7e]+")
+_HEADER: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\x20-\x7e]*")
 # A word that is masked in the middle, as providers quote keys: sk-***gA, ****3f2b, xai-...b14o.
 _MASKED: Final = re.compile(r"[\w.-]*\*{2,}(?:[\w.*-]*[\w*-])?|\w[\w-]*(?:\.{3}|…)\w[\w-]*")
 # Where an error's text stands in JSON, in the order in which to look.
@@ -59,6 +60,10 @@ class Checked:
     result: KeyCheck
     message: str
     """One sentence in English, without anything secret."""
+
+
+class UnusableRow(Exception):  # noqa: N818 - nothing went wrong but the row
+    """No request can be made of what stands in `api_providers`."""
 
 
 class CheckedProvider(Protocol):
@@ -126,6 +131,9 @@ class ProviderChecks:
 
     async def _ask(self, provider: CheckedProvider, path: str, secret: Secret) -> tuple[int, bytes]:
         """The status, and the beginning of an answer that is an error."""
+        # Here, since the client would quote the whole header in a trace.
+        if _HEADER.fullmatch(f"{provider.auth_header}: {provider.auth_prefix}") is None:
+            raise UnusableRow
         url = httpx.URL(provider.base_url.rstrip("/") + "/").join(path)
         # Not compressed: a little of it can be a lot.
         headers = httpx.Headers(

@@ -7,7 +7,7 @@ ours, and without interceptors, which cost more than a decision does.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,8 +17,8 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from keyturn_server.access import Caller, Role
-from keyturn_server.errors import PermissionDenied
-from keyturn_server.rpc.access import Access
+from keyturn_server.errors import PermissionDenied, Unauthenticated
+from keyturn_server.rpc.access import Access, transport_of
 from keyturn_server.rpc.status import MalformedRequest, RequestTooLarge, internal_status, status_of
 
 Request = TypeVar("Request", bound=Message)
@@ -66,12 +66,26 @@ class Service(Protocol):
 
 
 class Guard:
-    """Makes gRPC handlers of plain functions from request and caller to response message."""
+    """Makes gRPC handlers of plain functions from request and caller to response message.
 
-    def __init__(self, *, access: Access, log: Log, on_call: Callable[[str, str], None]) -> None:
+    Every handler, also those of services that are not ours, looks at the caller before it reads the
+    body: so somebody unknown gets one and the same answer, whatever is asked and however.
+    """
+
+    def __init__(
+        self,
+        *,
+        access: Access,
+        log: Log,
+        on_call: Callable[[str, str], None],
+        on_denied: Callable[[str, str, str], None],
+    ) -> None:
+        """`on_call` hears of each call of ours and the code it ended with; `on_denied` of the code,
+        the method, and who was turned away."""
         self._access = access
         self._log = log
         self._on_call = on_call
+        self._on_denied = on_denied
         self.in_flight = 0
         """Calls being answered right now."""
 
@@ -81,7 +95,6 @@ class Guard:
         return grpc.method_handlers_generic_handler(service.name, methods)
 
     def _unary(self, name: str, method: Method[Any]) -> grpc.RpcMethodHandler[Any, Any]:
-        """`on_call` hears of each call and the code it ended with."""
         request_type, answer, roles, max_bytes = (
             method.request_type,
             method.answer,
@@ -89,12 +102,11 @@ class Guard:
             method.max_bytes,
         )
 
-        async def handle(body: bytes, context: Context) -> bytes:
+        async def handle(_: object, context: Context) -> bytes:
             self.in_flight += 1
             try:
-                caller = self._access.caller_of(context)
-                if not roles & caller.roles:
-                    raise PermissionDenied(roles)
+                caller = self._admit(context, name, roles)
+                body = await _read(context)
                 if len(body) > max_bytes:
                     raise RequestTooLarge(len(body), max_bytes)
                 try:
@@ -112,7 +124,69 @@ class Guard:
             await context.abort_with_status(rpc_status.to_status(status))
             raise AssertionError("abort returned")
 
-        return grpc.unary_unary_rpc_method_handler(handle)
+        # As a stream of one request: that of a unary method would be read before we are asked.
+        return grpc.stream_unary_rpc_method_handler(handle)
+
+    def foreign(
+        self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+    ) -> grpc.GenericRpcHandler:
+        """The handler of a service that is not ours, for whoever has any role."""
+        methods = {name: self._foreign(name, handler) for name, handler in handlers.items()}
+        return grpc.method_handlers_generic_handler(service, methods)
+
+    def _foreign(
+        self, name: str, handler: grpc.RpcMethodHandler[Any, Any]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
+        decode: Any = handler.request_deserializer
+
+        async def handle(requests: AsyncIterator[Any], context: Context) -> None:
+            await self._admit_or_abort(context, name)
+            request: Any = requests
+            if not handler.request_streaming:
+                try:
+                    request = decode(await _read(context))
+                except (DecodeError, MalformedRequest):
+                    status = self.status(name, MalformedRequest())
+                    await context.abort_with_status(rpc_status.to_status(status))
+            response = await inner(request, context)
+            if not handler.response_streaming:
+                await context.write(response)
+
+        return grpc.stream_stream_rpc_method_handler(
+            handle,
+            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
+            response_serializer=handler.response_serializer,
+        )
+
+    def rest(self) -> grpc.GenericRpcHandler:
+        """The handler of what no other one knows; to be registered last. gRPC would tell anybody."""
+
+        async def handle(_: object, context: Context) -> None:
+            await self._admit_or_abort(context, "unknown")
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "There is no such method here.")
+
+        return _Rest(grpc.stream_stream_rpc_method_handler(handle))
+
+    def _admit(self, context: Context, method: str, roles: frozenset[Role]) -> Caller:
+        """The caller. Raises `Unauthenticated`, `PermissionDenied` and `InvalidFields`."""
+        try:
+            caller = self._access.caller_of(context)
+        except Unauthenticated:
+            self._on_denied("UNAUTHENTICATED", method, transport_of(context))
+            raise
+        if not roles & caller.roles:
+            self._on_denied("PERMISSION_DENIED", method, caller.name)
+            raise PermissionDenied(roles)
+        return caller
+
+    async def _admit_or_abort(self, context: Context, method: str) -> None:
+        try:
+            self._admit(context, method, ANYBODY)
+            return
+        except Exception as error:
+            status = self.status(method, error)
+        await context.abort_with_status(rpc_status.to_status(status))
 
     def status(self, method: str, error: Exception) -> status_pb2.Status:
         """The status for `error`. A defect is logged with its trace and answered with its id only."""
@@ -122,6 +196,22 @@ class Guard:
             self._log.error("internal_error", method=method, error_id=error_id, exc_info=error)
             status = internal_status(error_id)
         return status
+
+
+async def _read(context: Context) -> bytes:
+    """The body. Raises `MalformedRequest` where none comes, or one that gRPC cuts off for its size."""
+    body = await context.read()
+    if not isinstance(body, bytes):
+        raise MalformedRequest
+    return body
+
+
+class _Rest(grpc.GenericRpcHandler):
+    def __init__(self, handler: grpc.RpcMethodHandler[Any, Any]) -> None:
+        self._handler = handler
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
+        return self._handler
 
 
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}

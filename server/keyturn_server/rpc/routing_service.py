@@ -7,8 +7,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from keyturn.secret import Secret
 from keyturn.v1 import routing_service_pb2
 from keyturn_server.access import Caller
+from keyturn_server.decide import KeyRoute
 from keyturn_server.errors import InvalidFields
 from keyturn_server.keys.tokens import InvalidToken
 from keyturn_server.rpc.decode import ask_from, check_batch, check_handle, report_from
@@ -19,6 +21,7 @@ from keyturn_server.rpc.status import BadToken, item_status
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from keyturn_server.audit import Audit
     from keyturn_server.decide import Decider
     from keyturn_server.explain import Explainer
     from keyturn_server.record import Recorder
@@ -35,12 +38,20 @@ class RoutingService:
     """Decodes, calls, encodes."""
 
     def __init__(
-        self, *, decider: Decider, explainer: Explainer, recorder: Recorder, redeemer: Redeemer, guard: Guard
+        self,
+        *,
+        decider: Decider,
+        explainer: Explainer,
+        recorder: Recorder,
+        redeemer: Redeemer,
+        audit: Audit,
+        guard: Guard,
     ) -> None:
         self._decider = decider
         self._explainer = explainer
         self._recorder = recorder
         self._redeemer = redeemer
+        self._audit = audit
         self._guard = guard
 
     @property
@@ -74,9 +85,20 @@ class RoutingService:
     async def decide(
         self, request: routing_service_pb2.DecideRequest, caller: Caller
     ) -> routing_service_pb2.DecideResponse:
+        return await self._decide(request, caller, "Decide")
+
+    async def _decide(
+        self, request: routing_service_pb2.DecideRequest, caller: Caller, by: str
+    ) -> routing_service_pb2.DecideResponse:
         ask = ask_from(request)
         with _tokens_in("failed_key_handles"):
-            return decision_message(await self._decider.decide(ask))
+            decision = await self._decider.decide(ask)
+        match decision.route:
+            case KeyRoute(secret=Secret(), key_id=key_id):
+                self._audit.secret_handed_out(
+                    caller, user_id=ask.user_id, key_id=key_id, decision_id=decision.id, by=by
+                )
+        return decision_message(decision)
 
     async def record(
         self, request: routing_service_pb2.RecordRequest, caller: Caller
@@ -93,8 +115,15 @@ class RoutingService:
     ) -> routing_service_pb2.RedeemResponse:
         check_handle(request.key_handle)
         with _tokens_in("key_handle"):
-            secret = await self._redeemer.redeem(request.key_handle)
-        return routing_service_pb2.RedeemResponse(secret=secret.reveal())
+            redeemed = await self._redeemer.redeem(request.key_handle)
+        self._audit.secret_handed_out(
+            caller,
+            user_id=redeemed.user_id,
+            key_id=redeemed.key_id,
+            decision_id=redeemed.decision_id,
+            by="Redeem",
+        )
+        return routing_service_pb2.RedeemResponse(secret=redeemed.secret.reveal())
 
     async def explain(
         self, request: routing_service_pb2.ExplainRequest, caller: Caller
@@ -105,8 +134,13 @@ class RoutingService:
     async def batch_decide(
         self, request: routing_service_pb2.BatchDecideRequest, caller: Caller
     ) -> routing_service_pb2.BatchDecideResponse:
+        async def decide(
+            item: routing_service_pb2.DecideRequest, caller: Caller
+        ) -> routing_service_pb2.DecideResponse:
+            return await self._decide(item, caller, "BatchDecide")
+
         result = routing_service_pb2.BatchDecideResult
-        results = await self._each("BatchDecide", request.requests, caller, self.decide, result)
+        results = await self._each("BatchDecide", request.requests, caller, decide, result)
         return routing_service_pb2.BatchDecideResponse(results=results)
 
     async def batch_record(

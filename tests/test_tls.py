@@ -1,0 +1,198 @@
+"""TLS: files that do not fit, and files that change while calls go on."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from keyturn.v1 import routing_service_pb2 as pb
+from keyturn_server.tls import TlsError, watched_tls
+from keyturn_server.watched import UnreadableFile
+from tests.certificates import Authority, Identity, serial_of
+from tests.factories import Factory
+from tests.support import Sidecar, eventually
+from tests.test_access import (
+    AUTHORITY,
+    FOREIGN,
+    SERVER,
+    ending,
+    events,
+    files,
+    mutual_tls,
+    secure_channel,
+    spiffe_id,
+    told,
+    write,
+)
+
+DECIDE = "/keyturn.v1.RoutingService/Decide"
+CALLER = AUTHORITY.caller(spiffe_id("gateway"))
+
+
+async def shown(address: str, directory: Path, identity: Identity = CALLER) -> int:
+    """The serial number of the certificate that a new connection gets to see."""
+    write(directory / "caller.cert", identity.certificate)
+    write(directory / "caller.key", identity.key)
+
+    def connect() -> int:
+        context = ssl.create_default_context(cadata=AUTHORITY.certificate.decode())
+        context.load_cert_chain(directory / "caller.cert", directory / "caller.key")
+        context.set_alpn_protocols(["h2"])
+        host, _, port = address.rpartition(":")
+        with (
+            socket.create_connection((host, int(port)), timeout=30) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as secure,
+        ):
+            return serial_of(ssl.DER_cert_to_PEM_cert(secure.getpeercert(True) or b"").encode())
+
+    return await asyncio.to_thread(connect)
+
+
+async def is_shown(address: str, directory: Path, identity: Identity) -> None:
+    async def so() -> bool:
+        return await shown(address, directory) == serial_of(identity.certificate)
+
+    await eventually(so)
+
+
+async def test_certificates_are_replaced_under_load_without_a_failed_call(
+    start_sidecar: Callable[..., Any], make: Factory
+) -> None:
+    user = await make.user()
+    await make.key(user)
+    request = pb.DecideRequest(user_id=user, provider="openai").SerializeToString()
+    codes: list[grpc.StatusCode] = []
+    over = asyncio.Event()
+    async with files() as directory:
+        sidecar = await start_sidecar(**mutual_tls(directory))
+        address = sidecar.addresses[1]
+
+        async def calls_on_one_connection() -> None:
+            async with secure_channel(address, CALLER) as channel:
+                while not over.is_set():
+                    codes.append((await ending(channel, DECIDE, request)).code)
+
+        async def calls_on_new_connections() -> None:
+            while not over.is_set():
+                async with secure_channel(address, CALLER) as channel:
+                    codes.append((await ending(channel, DECIDE, request)).code)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(3):
+                tasks.create_task(calls_on_one_connection())
+                tasks.create_task(calls_on_new_connections())
+            await is_shown(address, directory, SERVER)
+            latest = SERVER
+            for swap in range(3):
+                before, latest = latest, AUTHORITY.server()
+                # First the one and then the other, as most tools do: in between they do not fit.
+                names = ["cert.pem", "key.pem"][:: 1 if swap % 2 else -1]
+                parts = {"cert.pem": latest.certificate, "key.pem": latest.key}
+                write(directory / names[0], parts[names[0]])
+
+                async def is_refused(times: int = swap + 1) -> bool:
+                    refused = [each for each in events(sidecar) if each["event"] == "reload_failed"]
+                    return len(refused) == times
+
+                await eventually(is_refused)
+                assert await shown(address, directory) == serial_of(before.certificate)
+                write(directory / names[1], parts[names[1]])
+                await is_shown(address, directory, latest)
+            write(directory / "cert.pem", latest.certificate[:300])
+            write(directory / "cert.pem", latest.certificate)
+            over.set()
+    assert len(codes) > 10
+    assert set(codes) == {grpc.StatusCode.OK}
+    reasons = {each["reason"] for each in events(sidecar) if each["event"] == "reload_failed"}
+    assert all("is not the key of the first certificate" in reason for reason in reasons)
+    assert "PRIVATE" not in sidecar.log.getvalue()
+
+
+async def test_client_authorities_are_replaced(start_sidecar: Callable[..., Any]) -> None:
+    other = Authority("the next authority")
+    theirs = other.caller(spiffe_id("viewer"))
+
+    async def gets_in(identity: Identity) -> bool:
+        async with secure_channel(sidecar.addresses[1], identity) as channel:
+            return (await ending(channel, FOREIGN[0], b"")).code is grpc.StatusCode.OK
+
+    async def only_they() -> bool:
+        return not await gets_in(CALLER)
+
+    async with files() as directory:
+        sidecar = await start_sidecar(**mutual_tls(directory))
+        assert await gets_in(CALLER)
+        assert not await gets_in(theirs)
+        async with secure_channel(sidecar.addresses[1], CALLER) as open_before:
+            assert (await ending(open_before, FOREIGN[0], b"")).code is grpc.StatusCode.OK
+            write(directory / "ca.pem", AUTHORITY.certificate + other.certificate)
+            await eventually(lambda: gets_in(theirs))
+            assert await gets_in(CALLER)
+            write(directory / "ca.pem", other.certificate)
+            await eventually(only_they)
+            assert await gets_in(theirs)
+            assert (await ending(open_before, FOREIGN[0], b"")).code is grpc.StatusCode.OK
+        write(directory / "ca.pem", "nothing")
+        (failed,) = await told(sidecar, "reload_failed")
+        assert "has no certificates" in failed["reason"]
+        assert await gets_in(theirs)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
+@pytest.mark.filterwarnings("ignore:.*TLSv1:DeprecationWarning")
+async def test_versions_before_1_2_are_refused(
+    start_sidecar: Callable[..., Any], version: ssl.TLSVersion
+) -> None:
+    async with files() as directory:
+        sidecar: Sidecar = await start_sidecar(**{**mutual_tls(directory), "tls_client_ca": None})
+        host, _, port = sidecar.addresses[1].rpartition(":")
+
+        def connect(highest: ssl.TLSVersion) -> str | None:
+            context = ssl.create_default_context(cadata=AUTHORITY.certificate.decode())
+            context.set_ciphers("ALL:@SECLEVEL=0")
+            context.minimum_version, context.maximum_version = version, highest
+            context.set_alpn_protocols(["h2"])
+            with (
+                socket.create_connection((host, int(port)), timeout=30) as plain,
+                context.wrap_socket(plain, server_hostname="localhost") as secure,
+            ):
+                return secure.version()
+
+        assert await asyncio.to_thread(connect, ssl.TLSVersion.TLSv1_2) == "TLSv1.2"
+        with pytest.raises(ssl.SSLError):
+            await asyncio.to_thread(connect, version)
+
+
+async def test_files_that_do_not_fit_are_refused_by_their_names() -> None:
+    async with files() as directory:
+        cert, key, ca = (directory / name for name in ("cert.pem", "key.pem", "ca.pem"))
+        other = write(directory / "other.key", AUTHORITY.server().key)
+        empty = write(directory / "empty", "")
+        cut = write(directory / "cut", SERVER.key[:100])
+        watched = watched_tls(cert, key, ca)
+        assert watched is not None
+        assert "PRIVATE" not in repr(watched.value)
+        assert watched_tls(None, None, None) is None
+        cases: tuple[tuple[Path | None, Path | None, Path | None, str], ...] = (
+            (cert, None, None, "both --tls-cert and --tls-key"),
+            (None, key, None, "both --tls-cert and --tls-key"),
+            (None, None, ca, "both --tls-cert and --tls-key"),
+            (cert, other, None, f"{other}: is not the key of the first certificate in {cert}"),
+            (cert, cut, None, f"{cut}: is no private key"),
+            (cert, cert, None, f"{cert}: is no private key"),
+            (key, key, None, f"{key}: has no certificates"),
+            (empty, key, None, f"{empty}: has no certificates"),
+            (cert, key, empty, f"{empty}: has no certificates"),
+            (cert, directory / "none", None, "cannot be read"),
+        )
+        for certificate, private_key, client_ca, reason in cases:
+            with pytest.raises((TlsError, UnreadableFile)) as caught:
+                watched_tls(certificate, private_key, client_ca)
+            assert reason in str(caught.value)
