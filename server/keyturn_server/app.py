@@ -20,6 +20,7 @@ from keyturn_server.configuration import Configuration
 from keyturn_server.decide import Decider
 from keyturn_server.errors import KeyturnFault, StoreUnavailable
 from keyturn_server.explain import Explainer
+from keyturn_server.flags import FlagSetter
 from keyturn_server.freshness import PushedCache
 from keyturn_server.keys.envelope import Unreadable
 from keyturn_server.keys.keyring import Keyring
@@ -33,6 +34,7 @@ from keyturn_server.record import Recorder
 from keyturn_server.redeem import Redeemer
 from keyturn_server.rpc.access import Access
 from keyturn_server.rpc.credit_service import CreditService
+from keyturn_server.rpc.flag_service import FlagService
 from keyturn_server.rpc.guard import Guard
 from keyturn_server.rpc.key_service import KeyService
 from keyturn_server.rpc.pages import Pages
@@ -41,8 +43,10 @@ from keyturn_server.rpc.routing_service import RoutingService
 from keyturn_server.rpc.user_service import UserService
 from keyturn_server.serving import Admission, Health, Services, claimed, serving
 from keyturn_server.settings import Settings
+from keyturn_server.simulation import Simulator
 from keyturn_server.store.credits import Books
 from keyturn_server.store.database import Database, open_database
+from keyturn_server.store.flags import FlagTable
 from keyturn_server.store.ledger import Ledger, open_ledger
 from keyturn_server.store.migrate import migrate
 from keyturn_server.store.people import LEGACY, Users, load_master_key_ids, load_profile
@@ -50,6 +54,7 @@ from keyturn_server.store.push import Push
 from keyturn_server.store.redemptions import Redemptions
 from keyturn_server.store.reports import Reports
 from keyturn_server.store.settings import load_configuration, load_token_roots
+from keyturn_server.store.simulation import RequestLog
 from keyturn_server.store.user_keys import UserKeyRows
 from keyturn_server.tls import watched_tls
 from keyturn_server.user_keys import UserKeys
@@ -212,6 +217,7 @@ async def _services(
             services=(
                 _routing_service(parts),
                 _key_service(parts),
+                _flag_service(parts),
                 _user_service(parts),
                 _credit_service(parts),
                 _report_service(parts),
@@ -574,3 +580,22 @@ def _key_service(parts: _Parts) -> KeyService:
         on_bad_pattern=bad_pattern,
     )
     return KeyService(keys, changes=parts.audit)
+
+
+def _flag_service(parts: _Parts) -> FlagService:
+    table = FlagTable(parts.database)
+
+    async def changed() -> None:
+        await parts.configurations.cache.expire(_EVERYTHING)
+
+    return FlagService(
+        reader=table,
+        setter=FlagSetter(table, on_change=changed),
+        simulator=Simulator(
+            RequestLog(parts.database),
+            keyring=parts.keyring,
+            default_hold_micros=parts.settings.default_hold_micros,
+        ),
+        pages=Pages(parts.sealer),
+        audit=parts.audit,
+    )

@@ -13,9 +13,9 @@ from keyturn_server.ledger import CostSource, KeyState
 from keyturn_server.record import Recorded
 from keyturn_server.routing.model import DenialReason, Mode, Reason
 
-_MODES = {mode: policy_pb2.Mode.Value(f"MODE_{mode.name}") for mode in Mode}
+MODES = {mode: policy_pb2.Mode.Value(f"MODE_{mode.name}") for mode in Mode}
 _REASONS = {reason: policy_pb2.Reason.Value(f"REASON_{reason.name}") for reason in Reason}
-_DENIALS = {reason: policy_pb2.DenialReason.Value(f"DENIAL_REASON_{reason.name}") for reason in DenialReason}
+DENIALS = {reason: policy_pb2.DenialReason.Value(f"DENIAL_REASON_{reason.name}") for reason in DenialReason}
 KEY_STATES = {state: policy_pb2.KeyState.Value(f"KEY_STATE_{state.name}") for state in KeyState}
 _COST_SOURCES = {
     source: routing_service_pb2.CostSource.Value(f"COST_SOURCE_{source.name}") for source in CostSource
@@ -28,7 +28,7 @@ def decision_message(decision: Decision) -> routing_service_pb2.DecideResponse:
     """A DecideResponse."""
     message = routing_service_pb2.DecideResponse(
         decision_id=str(decision.id),
-        mode=_MODES[decision.mode],
+        mode=MODES[decision.mode],
         reason=_REASONS[decision.reason],
         message=decision.message,
         replayed=decision.replayed,
@@ -48,7 +48,7 @@ def decision_message(decision: Decision) -> routing_service_pb2.DecideResponse:
         case Denied() as denied:
             message.denial.CopyFrom(
                 routing_service_pb2.Denial(
-                    reason=_DENIALS[denied.reason],
+                    reason=DENIALS[denied.reason],
                     retryable=denied.retryable,
                     retry_after=_duration(denied.retry_after),
                     suggestion=denied.suggestion,

@@ -61,7 +61,8 @@ class Fields:
             if least <= span <= most:
                 return span
         self.violations.append(
-            (field, f"From {least.total_seconds():g} to {most.total_seconds():g} seconds.")
+            # Twelve digits: the default of six would write a year as 3.15e+07.
+            (field, f"From {least.total_seconds():.12g} to {most.total_seconds():.12g} seconds.")
         )
         return None
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from keyturn_server.configuration import Configuration, FlagChange, Provider, Tier
 from keyturn_server.keys.tokens import TokenRoot
 from keyturn_server.prices import PriceOverride
-from keyturn_server.routing.model import Flags
+from keyturn_server.routing.model import FLAG_KEYS, Flags
 
 if TYPE_CHECKING:
     import asyncpg
 
-    from keyturn_server.store.database import Database
+    from keyturn_server.store.database import Database, PoolConnection
 
 _FLAGS = "SELECT key, is_enabled, min_tier FROM feature_flags WHERE key = ANY ($1)"
 _LAST_CHANGES = """
@@ -39,8 +39,6 @@ INSERT INTO token_roots (id, secret) SELECT $1, $2 WHERE NOT EXISTS (SELECT FROM
 # Two sidecars starting at once: the second sees the first one's root.
 _LOCK_ROOTS = "LOCK TABLE token_roots IN SHARE ROW EXCLUSIVE MODE"
 
-_FLAG_KEYS = ("byok_enabled", "byok_uses_internal_credits", "byok_only_mode")
-
 
 async def load_configuration(database: Database) -> Configuration:
     """Everything that is set for everyone, as of one moment. Raises `StoreUnavailable`."""
@@ -48,14 +46,19 @@ async def load_configuration(database: Database) -> Configuration:
         database.connection() as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
     ):
-        flags = {row["key"]: row for row in await connection.fetch(_FLAGS, _FLAG_KEYS)}
-        changes = [FlagChange(**row) for row in await connection.fetch(_LAST_CHANGES, _FLAG_KEYS)]
-        tiers = [Tier(**row) for row in await connection.fetch(_TIERS)]
-        providers = [_provider(row) for row in await connection.fetch(_PROVIDERS)]
-        prices = [PriceOverride(**row) for row in await connection.fetch(_PRICES)]
+        return await read_configuration(connection)
+
+
+async def read_configuration(connection: PoolConnection) -> Configuration:
+    """The same within a transaction of the caller's, which is what makes it of one moment."""
+    flags = {row["key"]: row for row in await connection.fetch(_FLAGS, FLAG_KEYS)}
+    changes = [FlagChange(**row) for row in await connection.fetch(_LAST_CHANGES, FLAG_KEYS)]
+    tiers = [Tier(**row) for row in await connection.fetch(_TIERS)]
+    providers = [_provider(row) for row in await connection.fetch(_PROVIDERS)]
+    prices = [PriceOverride(**row) for row in await connection.fetch(_PRICES)]
     return Configuration(
         flags=_flags(flags),
-        flags_missing=frozenset(_FLAG_KEYS) - flags.keys(),
+        flags_missing=frozenset(FLAG_KEYS) - flags.keys(),
         flag_changes={change.key: change for change in changes},
         tiers={tier.name: tier for tier in tiers},
         tier_ranks={tier.name: tier.rank for tier in tiers},
