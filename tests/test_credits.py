@@ -133,6 +133,38 @@ async def test_a_hundred_grants_at_once_with_one_request_id_grant_once(
     assert await balance(sidecars[0], user) == (100, 0, 100)
 
 
+async def test_grants_wait_for_each_other_and_see_what_came_of_it(
+    make: Factory, sql: Connection, database: str
+) -> None:
+    user = await make.user()
+    ask = "SELECT * FROM keyturn_grant_credits($1, $2, $3, $4, '')"
+    waiting = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    connections = [await asyncpg.connect(database) for _ in range(3)]
+    one, two, three = connections
+
+    async def both_wait() -> bool:
+        return bool(await sql.fetchval(waiting) == 2)
+
+    try:
+        async with one.transaction():
+            first = await one.fetchrow(ask, new_id(), user, 100, "r")
+            same = asyncio.ensure_future(two.fetchrow(ask, new_id(), user, 100, "r"))
+            other = asyncio.ensure_future(three.fetchrow(ask, new_id(), user, 100, "s"))
+            await eventually(both_wait)
+        replayed, granted = await asyncio.gather(same, other)
+    finally:
+        for connection in connections:
+            await connection.close()
+    assert first is not None
+    assert replayed is not None
+    assert granted is not None
+    assert (replayed["transaction_id"], replayed["replayed"]) == (first["transaction_id"], True)
+    assert (granted["balance_micros"], granted["replayed"]) == (200, False)
+
+
 async def test_grants_decisions_and_records_at_once_keep_the_books(
     start_sidecar: Callable[..., Any], make: Factory
 ) -> None:

@@ -71,7 +71,7 @@ def test_a_duration_that_is_none_is_refused_by_name(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "text", ["proxy:3128", "socks5://proxy:1080", "http://", "http://proxy", "http://proxy:x"]
+    "text", ["proxy:3128", "socks5://proxy:1080", "http://:", "http://proxy", "http://proxy:x"]
 )
 def test_a_proxy_that_is_none_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("KEYTURN_PROVIDER_PROXY", text)
