@@ -15,7 +15,7 @@ from keyturn.v1 import routing_service_pb2 as pb
 from keyturn_server.cli.exit_codes import EPILOGUE, Ended, ExitCode
 from keyturn_server.cli.printing import dollars, fields, moment, phrase, printable, seconds, table, word
 from keyturn_server.cli.reports import window
-from keyturn_server.cli.values import day_of, flags_of, micros_of, positive_span_of, span_of, whole_of
+from keyturn_server.cli.values import day_of, micros_of, positive_span_of, span_of, switches_of, whole_of
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ READERS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "span above zero": (positive_span_of, ("0", "0.0s", "x")),
     "whole number": (whole_of(1, 100), ("", "0", "101", "1.5", "1e1", "0x1", "١", "-1", "9" * 30, " 5")),
     "day": (day_of, ("", "2026-13-01", "2026-02-30", "01/02/2026", "2026-01-31T00:00", "today")),
-    "flag": (lambda text: flags_of(text.split()), ("a", "a=", "=on", "a=maybe", "a=1", "a=on a=off")),
+    "flag": (lambda text: switches_of(text.split()), ("a", "a=", "=on", "a=maybe", "a=1", "a=on a=off")),
 }
 
 
@@ -108,7 +108,12 @@ def test_what_cannot_be_read_is_refused_and_not_quoted(kind: str, text: str) -> 
 def test_whole_numbers_days_and_flags_are_read() -> None:
     assert [whole_of(-5, 5)(text) for text in ("-5", "0", "05")] == [-5, 0, 5]
     assert day_of("2026-01-31") == date(2026, 1, 31)
-    assert flags_of(["a=on", "b=OFF", "c=true", "d=false"]) == {"a": True, "b": False, "c": True, "d": False}
+    assert switches_of(["a=on", "b=OFF", "c=true", "d=false"]) == {
+        "a": True,
+        "b": False,
+        "c": True,
+        "d": False,
+    }
 
 
 NOW = datetime(2026, 3, 10, 15, 30, tzinfo=UTC)

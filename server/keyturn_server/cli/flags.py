@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from datetime import timedelta
-from enum import StrEnum
 from typing import Any, Final
 
 import cyclopts
@@ -16,36 +15,12 @@ from keyturn.v1.flag_service_pb2_grpc import FlagServiceStub
 from keyturn_server.cli.calls import DEFAULTS, Options, note_more
 from keyturn_server.cli.exit_codes import wrong_usage
 from keyturn_server.cli.printing import dollars, moment, note, on_off, phrase, show, table, word
-from keyturn_server.cli.values import Count, Span, flags_of
+from keyturn_server.cli.values import Count, Span, switches_of
+from keyturn_server.routing.model import Mode, flags_of
 
 app = cyclopts.App(name="flags", help="The feature flags: see, change, simulate, history.")
 
 _SIMULATION: Final = timedelta(minutes=5)
-
-
-class Mode(StrEnum):
-    """The four configurations of the flags: DESIGN, "The policy"."""
-
-    BYOK_FIRST = "BYOK_FIRST"
-    CREDIT_FIRST = "CREDIT_FIRST"
-    BYOK_ONLY = "BYOK_ONLY"
-    INTERNAL_ONLY = "INTERNAL_ONLY"
-
-
-_FLAGS_OF: Final = {
-    Mode.BYOK_FIRST: {
-        "byok_enabled": True,
-        "byok_only_mode": False,
-        "byok_uses_internal_credits": False,
-    },
-    Mode.CREDIT_FIRST: {
-        "byok_enabled": True,
-        "byok_only_mode": False,
-        "byok_uses_internal_credits": True,
-    },
-    Mode.BYOK_ONLY: {"byok_enabled": True, "byok_only_mode": True},
-    Mode.INTERNAL_ONLY: {"byok_enabled": False},
-}
 
 
 @app.command(name="list")
@@ -107,7 +82,7 @@ def mode(
         Go ahead although users would be locked out.
     """
     request = pb.SetModeRequest(
-        mode=policy.Mode.Value(f"MODE_{mode}"), reason=reason, acknowledge_lockout=acknowledge_lockout
+        mode=policy.Mode.Value(f"MODE_{mode.name}"), reason=reason, acknowledge_lockout=acknowledge_lockout
     )
     answer = options.call(lambda channel: FlagServiceStub(channel).SetMode, request)
     show(answer, _flags, as_json=options.json)
@@ -143,7 +118,7 @@ def simulate(
     """
     if flags and mode is not None:
         raise wrong_usage("Give either flags or --mode.")
-    proposed = _FLAGS_OF[mode] if mode is not None else _read(flags)
+    proposed = flags_of(mode) if mode is not None else _read(flags)
     request = pb.SimulateFlagsRequest(flags=proposed)
     request.window.FromTimedelta(window)
     answer = options.call_pages(
@@ -189,7 +164,7 @@ def refresh(*, options: Options = DEFAULTS) -> None:
 
 def _read(settings: Iterable[str]) -> dict[str, bool]:
     try:
-        return flags_of(tuple(settings))
+        return switches_of(tuple(settings))
     except ValueError as error:
         raise wrong_usage(f"FLAGS: {error}") from None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Annotated, TypeAlias
 
 from cyclopts import Parameter
@@ -26,34 +25,13 @@ from keyturn_server.cli.printing import (
     yes_no,
 )
 from keyturn_server.cli.values import Dollars, PositiveSpan, Span, Tokens, read_by, whole_of
+from keyturn_server.ledger import Outcome
+from keyturn_server.routing.model import Constraint
 
 _HANDLE, _TICKET = "kth", "ktt"
 _MOST_TOKEN_BYTES = 8192
 
 HttpStatus: TypeAlias = Annotated[int, read_by(whole_of(100, 599))]
-
-
-class Constraint(StrEnum):
-    """How the caller tightens the policy."""
-
-    ANY = "ANY"
-    OWN_KEY_ONLY = "OWN_KEY_ONLY"
-    CREDITS_ONLY = "CREDITS_ONLY"
-
-
-class Outcome(StrEnum):
-    """How the request to the provider ended."""
-
-    SUCCESS = "SUCCESS"
-    CLIENT_CANCELLED = "CLIENT_CANCELLED"
-    NEVER_SENT = "NEVER_SENT"
-    AUTH_REJECTED = "AUTH_REJECTED"
-    RATE_LIMITED = "RATE_LIMITED"
-    PROVIDER_BILLING = "PROVIDER_BILLING"
-    PROVIDER_ERROR = "PROVIDER_ERROR"
-    TIMEOUT = "TIMEOUT"
-    REFUSED = "REFUSED"
-    UNKNOWN = "UNKNOWN"
 
 
 def decide(
@@ -170,7 +148,7 @@ def record(
         How long the provider asked to wait: 30s.
     """
     request = pb.RecordRequest(
-        outcome=pb.Outcome.Value(f"OUTCOME_{outcome}"),
+        outcome=pb.Outcome.Value(f"OUTCOME_{outcome.name}"),
         cost_micros=cost,
         model=model,
         endpoint=endpoint,
@@ -253,7 +231,7 @@ def _request(
         provider=provider,
         model=model,
         service_type=service_type,
-        constraint=policy.Constraint.Value(f"CONSTRAINT_{constraint}"),
+        constraint=policy.Constraint.Value(f"CONSTRAINT_{constraint.name}"),
     )
     if cost is not None:
         request.cost_micros = cost
@@ -331,7 +309,7 @@ def _explained(request: pb.DecideRequest, answer: pb.ExplainResponse) -> str:
         ("Model", request.model),
         ("Service type", request.service_type),
         ("Cost", dollars(request.cost_micros) if request.HasField("cost_micros") else ""),
-        ("Constraint", "" if constraint == Constraint.ANY else constraint),
+        ("Constraint", "" if constraint == Constraint.ANY.name else constraint),
         ("Asked at", moment(datetime.now(UTC))),
         *_conclusion(decision, holds="would be held"),
     )

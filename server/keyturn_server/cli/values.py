@@ -64,7 +64,7 @@ def day_of(text: str) -> date:
         raise ValueError("write a day like 2026-01-31.") from None
 
 
-def flags_of(settings: Sequence[str]) -> dict[str, bool]:
+def switches_of(settings: Sequence[str]) -> dict[str, bool]:
     """`KEY=on` and `KEY=off` as values by key. Raises `ValueError`."""
     flags: dict[str, bool] = {}
     for setting in settings:
