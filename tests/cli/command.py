@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
+import re
 import secrets
+import select
 import signal
 import socket
+import struct
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+import termios
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import asyncpg
 import grpc
 
 from tests.factories import Connection
-from tests.support import MASTER_KEY, eventually
+from tests.support import MASTER_KEY, Sidecar, eventually
 
 _LIMIT_SECONDS = 60
 
@@ -45,11 +52,15 @@ def environment_of(**variables: str) -> dict[str, str]:
 
 
 async def _start(
-    *arguments: str, stdout: int, stderr: int | Any, variables: dict[str, str]
+    *arguments: str,
+    stdin: int = asyncio.subprocess.DEVNULL,
+    stdout: int,
+    stderr: int | Any,
+    variables: dict[str, str],
 ) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "keyturn_server", *arguments),
-        stdin=asyncio.subprocess.DEVNULL,
+        stdin=stdin,
         stdout=stdout,
         stderr=stderr,
         cwd="/",
@@ -59,11 +70,15 @@ async def _start(
 
 async def keyturn(*arguments: str, **variables: str) -> Finished:
     """Run a command that ends by itself."""
+    return await _finished(arguments, variables, b"")
+
+
+async def _finished(arguments: Sequence[str], variables: dict[str, str], stdin: bytes) -> Finished:
     pipe = asyncio.subprocess.PIPE
-    process = await _start(*arguments, stdout=pipe, stderr=pipe, variables=variables)
+    process = await _start(*arguments, stdin=pipe, stdout=pipe, stderr=pipe, variables=variables)
     try:
         async with asyncio.timeout(_LIMIT_SECONDS):
-            out, err = await process.communicate()
+            out, err = await process.communicate(stdin)
     finally:
         if process.returncode is None:
             process.kill()
@@ -89,6 +104,90 @@ async def rotating(
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def ask(sidecar: Sidecar, *arguments: str, stdin: bytes = b"") -> Finished:
+    """Run a command that asks a running sidecar."""
+    return await _finished(arguments, {"KEYTURN_ADDRESS": sidecar.address}, stdin)
+
+
+async def told(sidecar: Sidecar, *arguments: str, stdin: bytes = b"") -> str:
+    """What a command that asks a running sidecar tells people. It must end well, and say nothing else."""
+    finished = await ask(sidecar, *arguments, stdin=stdin)
+    assert (finished.code, finished.err) == (0, "")
+    return finished.out
+
+
+async def answered(sidecar: Sidecar, *arguments: str, stdin: bytes = b"", code: int = 0) -> Any:
+    """What a command that asks a running sidecar tells programs."""
+    finished = await ask(sidecar, *arguments, "--json", stdin=stdin)
+    assert finished.code == code, finished.err
+    return json.loads(finished.out)
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of the lines of a table, its headings among them."""
+    return [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
+
+
+def check_fault(finished: Finished, code: int, *sentences: str) -> None:
+    """Raises AssertionError unless the command ended with `code`, and with that on stderr alone."""
+    assert (finished.code, finished.out) == (code, ""), finished.err
+    assert finished.err.startswith("keyturn: ")
+    assert "Traceback" not in finished.err
+    for sentence in sentences:
+        assert sentence in finished.err
+
+
+# Makes its stdin the terminal of the session that it leads, and becomes the command.
+_ON_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "keyturn_server", *sys.argv[1:]])
+"""
+
+
+async def keyturn_on_terminal(
+    *arguments: str, typed: Mapping[str, str] = MappingProxyType({}), columns: int = 80, **variables: str
+) -> tuple[int, str]:
+    """Run a command on a terminal: its exit code, and all that was seen there. Once the terminal shows a
+    key of `typed`, its value is typed."""
+    return await asyncio.to_thread(_on_terminal, arguments, typed, columns, environment_of(**variables))
+
+
+def _on_terminal(
+    arguments: Sequence[str], typed: Mapping[str, str], columns: int, environment: dict[str, str]
+) -> tuple[int, str]:
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {"TERM": "xterm-256color", **environment}
+    environment.pop("COLUMNS")
+    process = subprocess.Popen(
+        [sys.executable, "-c", _ON_TERMINAL, *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env=environment,
+        cwd="/",
+    )
+    os.close(theirs)
+    shown, waiting = b"", dict(typed)
+    try:
+        while select.select([ours], [], [], _LIMIT_SECONDS)[0]:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # the other end is closed
+                break
+            shown += part
+            for prompt in [prompt for prompt in waiting if prompt.encode() in shown]:
+                os.write(ours, waiting.pop(prompt).encode())
+        return process.wait(_LIMIT_SECONDS), shown.decode().replace("\r\n", "\n")
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        os.close(ours)
 
 
 @dataclass(kw_only=True)

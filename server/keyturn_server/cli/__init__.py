@@ -1,4 +1,8 @@
-"""The command line, one file a group of commands."""
+"""The command line, one file a group of commands.
+
+Commands are named here and imported when they run: one that asks a running sidecar is an answer in
+itself, and does not wait for the server's own modules.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import sys
 
 import cyclopts
 
-from keyturn import __version__
-from keyturn_server.cli import db, demo, health, keygen, keys, serve, token
-from keyturn_server.errors import KeyturnFault
-from keyturn_server.keys.keyring import KeyringError
-from keyturn_server.logs import configure_logs, get_log
-from keyturn_server.store.embedded import EmbeddedPostgresError
+from keyturn_server.cli.exit_codes import EPILOGUE, Ended, ExitCode
+
+
+def _version() -> str:
+    from keyturn import __version__
+
+    return __version__
+
 
 app = cyclopts.App(
     name="keyturn",
@@ -19,33 +25,75 @@ app = cyclopts.App(
         "Whose credential pays for an LLM request? A sidecar that gateways ask over gRPC.\n\n"
         "Options can also be set in the environment, as the variable in brackets; an option given here "
         "wins. The master keys are read from ENCRYPTION_KEY (64 hex characters) and "
-        "ENCRYPTION_KEYS_RETIRED (comma-separated) alone, never from an option."
+        "ENCRYPTION_KEYS_RETIRED (comma-separated) alone, never from an option.\n\n"
+        "Commands that ask a running sidecar print tables for people and, with --json, one document for "
+        "programs on stdout; everything else is on stderr. Money is in US dollars (micros in JSON), "
+        "times are in UTC."
     ),
-    version=__version__,
+    help_epilogue=EPILOGUE,
+    default_parameter=cyclopts.Parameter(negative="", show_default=False),
+    version=_version,
     version_flags=["--version"],
 )
-app.command(serve.serve)
-app.command(demo.demo)
-app.command(db.app)
-app.command(keys.app)
-app.command(keygen.keygen)
-app.command(health.health)
-app.command(token.token)
+
+_PLACE = "keyturn_server.cli"
+_SIDECAR = cyclopts.Group("Run it", sort_key=1)
+_ASKING = cyclopts.Group("Ask a running sidecar", sort_key=2)
+
+for _where in ("serve:serve", "demo:demo", "db:app", "keygen:keygen", "token:token"):
+    app.command(f"{_PLACE}.{_where}", name=_where.partition(":")[0], group=_SIDECAR)
+for _where in ("decide", "record", "explain"):
+    app.command(f"{_PLACE}.routing:{_where}", name=_where, group=_ASKING)
+for _where in ("keys", "flags", "credits", "users", "reports"):
+    app.command(f"{_PLACE}.{_where}:app", name=_where, group=_ASKING)
+app.command(f"{_PLACE}.health:health", name="health", group=_ASKING)
 
 
 def run() -> None:
-    """Run one command. Exit codes: 0 done, 1 it could not be done (with the reason), 2 wrong usage."""
-    configure_logs("info")
+    """Run one command, and end with its exit code: `exit_codes` has the table."""
     try:
-        app(result_action="return_value", exit_on_error=False)
-    except cyclopts.CycloptsError:
-        raise SystemExit(2) from None
-    except (KeyturnFault, KeyringError, EmbeddedPostgresError) as error:
-        print(f"keyturn: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except Exception:
-        # Through the log and its scrubber: a trace may quote what must not be shown.
-        get_log().exception("crashed")
-        raise SystemExit(1) from None
+        code = _run()
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        code = ExitCode.INTERRUPTED
+    raise SystemExit(code)
+
+
+def _run() -> ExitCode:
+    if not sys.argv[1:] or sys.argv[1].startswith("-"):
+        app.resolved_commands()  # the help of the whole takes each command's line from its module
+    try:
+        " ".join(sys.argv).encode()
+    except UnicodeEncodeError:
+        return _end(Ended(ExitCode.USAGE, "An argument is not valid UTF-8."))
+    try:
+        ended = app(result_action="return_value", exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except cyclopts.CycloptsError as error:
+        from keyturn_server.cli.usage import explained
+
+        return _end(explained(error))
+    except Ended as ending:
+        return _end(ending)
+    except Exception as error:
+        return _fault(error)
+    return ended if isinstance(ended, ExitCode) else ExitCode.DONE
+
+
+def _end(ending: Ended) -> ExitCode:
+    print(f"keyturn: {ending.message}", *ending.next_steps, sep="\n  ", file=sys.stderr)
+    return ending.code
+
+
+def _fault(error: Exception) -> ExitCode:
+    """Says what a fault means. A defect goes through the log and its scrubber: a trace may quote what
+    must not be shown."""
+    from keyturn_server.errors import KeyturnFault
+    from keyturn_server.keys.keyring import KeyringError
+    from keyturn_server.logs import configure_logs, get_log
+    from keyturn_server.store.embedded import EmbeddedPostgresError
+
+    if isinstance(error, KeyturnFault | KeyringError | EmbeddedPostgresError):
+        return _end(Ended(ExitCode.FAULT, str(error)))
+    configure_logs("info")
+    get_log().exception("crashed", exc_info=error)
+    return ExitCode.FAULT

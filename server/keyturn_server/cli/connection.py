@@ -21,6 +21,8 @@ from keyturn_server.settings import ConnectionSettings, read_connection_settings
 
 _MAX_ACTOR = 64
 _TIMEOUT = timedelta(seconds=30)
+# Reports of a year are over grpc's 4 MiB where there are many groups.
+_MOST_ANSWER_BYTES = 64 * 1024 * 1024
 
 
 class ConnectionRefused(KeyturnFault):
@@ -95,10 +97,11 @@ async def connected(connection: Connection = DEFAULT) -> AsyncIterator[Channel]:
         )
     except ValueError as error:
         raise ConnectionRefused(f"{error}.") from None
+    options = [*reach.options, ("grpc.max_receive_message_length", _MOST_ANSWER_BYTES)]
     opened = (
-        grpc.aio.insecure_channel(reach.target, reach.options)
+        grpc.aio.insecure_channel(reach.target, options)
         if reach.credentials is None
-        else grpc.aio.secure_channel(reach.target, reach.credentials, reach.options)
+        else grpc.aio.secure_channel(reach.target, reach.credentials, options)
     )
     async with opened as channel:
         yield Channel(grpc=channel, metadata=(*reach.metadata, *_actor()))
