@@ -6,7 +6,7 @@ PROTOS := $(wildcard protos/keyturn/v1/*.proto)
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup protos demo serve test check fmt bench clean release-protos
+.PHONY: help setup protos demo serve test check fmt bench bench-simulate clean release-protos
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ release-protos: setup ## make today's protos the ones that later ones must stay 
 
 bench: setup ## measure against a bare echo, side by side (ARGS='--seconds 10')
 	$(BIN)/python -m tests.bench $(ARGS)
+
+bench-simulate: setup ## measure SimulateFlags over a million recorded requests (ARGS='--records 100000')
+	$(BIN)/python -m tests.bench.simulate $(ARGS)
 
 clean: ## remove what the tasks made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -15,6 +15,7 @@ from keyturn_server.store.embedded import EmbeddedPostgres
 from keyturn_server.store.migrate import migrate
 from tests.factories import Connection, Factory
 from tests.invariants import check_invariants
+from tests.providers import NOBODY, Providers, playing_providers
 from tests.support import Sidecar, in_own_task, running_sidecar, temporary_directory
 
 _TEMPLATE = "migrated"
@@ -44,7 +45,12 @@ async def cluster() -> AsyncIterator[EmbeddedPostgres]:
         connection = await asyncpg.connect(postgres.dsn)
         await connection.execute(f"CREATE DATABASE {_TEMPLATE}")
         await connection.close()
-        await migrate(database_in(postgres, _TEMPLATE))
+        template = database_in(postgres, _TEMPLATE)
+        await migrate(template)
+        connection = await asyncpg.connect(template)
+        # No test reaches the internet.
+        await Providers().play(connection, at=NOBODY)
+        await connection.close()
         yield postgres
 
 
@@ -95,7 +101,17 @@ async def make(sql: Connection) -> Factory:
 
 
 @pytest_asyncio.fixture
-async def start_sidecar(database: str, sql: Connection) -> AsyncIterator[Callable[..., Any]]:
+async def providers(sql: Connection) -> AsyncIterator[Providers]:
+    """The providers that sidecars ask about keys, played by a server of ours."""
+    async with playing_providers() as providers:
+        await providers.play(sql)
+        yield providers
+
+
+@pytest_asyncio.fixture
+async def start_sidecar(
+    database: str, sql: Connection, providers: Providers
+) -> AsyncIterator[Callable[..., Any]]:
     """Starts sidecars on the test's database; what they acknowledged is checked at the end."""
     sidecars: list[Sidecar] = []
     async with AsyncExitStack() as stack:

@@ -159,14 +159,16 @@ def make_settings(dsn: str, address: str, **changes: Any) -> Settings:
 
 
 def log_into(stream: io.StringIO) -> Any:
-    """A logger of JSON lines into `stream`, with the sidecar's own scrubber last."""
+    """A logger of JSON lines into `stream`: with traces and the scrubber as the sidecar's own has them."""
     from keyturn_server.logs import scrub_event
 
     return structlog.wrap_logger(
         structlog.PrintLogger(stream),
         processors=[
             structlog.processors.add_log_level,
-            structlog.processors.dict_tracebacks,
+            structlog.processors.ExceptionRenderer(
+                structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+            ),
             scrub_event,
             structlog.processors.JSONRenderer(),
         ],

@@ -103,16 +103,17 @@ def explain(user_id: str, **fields: Any) -> pb.ExplainRequest:
 
 
 async def test_the_own_key_comes_decrypted_with_all_that_signing_needs(
-    sidecar: Sidecar, make: Factory
+    sidecar: Sidecar, make: Factory, sql: Connection
 ) -> None:
     user = await make.user("lifetime")
     key_id = await make.key(user, "anthropic", secret=SECRET)
+    base_url = await sql.fetchval("SELECT base_url FROM api_providers WHERE id = 'anthropic'")
     answer = await sidecar.decide(user, "anthropic", key_delivery=INLINE)
     assert answer.key.secret == SECRET
     assert answer.key.hint == SECRET[-4:]
     assert answer.key.key_id == str(key_id)
     assert (answer.key.auth.header, answer.key.auth.prefix) == ("x-api-key", "")
-    assert answer.key.base_url == "https://api.anthropic.com/v1"
+    assert answer.key.base_url == base_url
     lifetime = answer.key.expire_time.ToDatetime(UTC) - datetime.now(UTC)
     assert timedelta(minutes=9) < lifetime <= timedelta(minutes=10)
 
@@ -483,6 +484,35 @@ async def test_explain_has_no_side_effect_and_no_secret(
     assert checks["rate limit"] == "room"
     assert checks["route"] == "OWN_KEY"
     assert await sql.fetchval("SELECT count(*) FROM credit_holds") == 0
+
+
+async def test_explain_says_who_set_a_flag_and_why(sidecar: Sidecar, make: Factory, sql: Connection) -> None:
+    user = await make.user()
+
+    async def origins() -> dict[str, str]:
+        answer = await sidecar.call("Explain", explain(user))
+        return {step.check: f"{step.result}: {step.detail}" for step in answer.steps}
+
+    assert (await origins())["flag byok_only_mode"] == "false: From feature_flags."
+    async with sql.transaction():
+        await sql.execute("SELECT set_config('keyturn.actor', 'ann', true)")
+        await sql.execute("SELECT set_config('keyturn.reason', 'Credits run low', true)")
+        await make.flags(byok_only_mode=True)
+    await sql.execute("DELETE FROM feature_flags WHERE key = 'byok_uses_internal_credits'")
+
+    async def told() -> bool:
+        steps = await origins()
+        set_by_ann = steps["flag byok_only_mode"]
+        deleted = steps["flag byok_uses_internal_credits"]
+        return (
+            set_by_ann.startswith("true: From feature_flags, changed by ann at 20")
+            and set_by_ann.endswith(" UTC: 'Credits run low'.")
+            and deleted.startswith(
+                "false: The default: there is no such row in feature_flags, changed by sql:"
+            )
+        )
+
+    await eventually(told)
 
 
 async def test_a_batch_answers_each_item_in_order(sidecar: Sidecar, make: Factory, sql: Connection) -> None:

@@ -7,6 +7,8 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,9 +16,12 @@ import structlog
 
 from keyturn.secret import Secret
 from keyturn.v1 import routing_service_pb2 as pb
+from keyturn_server.configuration import Provider
+from keyturn_server.keys.provider_checks import KeyCheck, open_provider_checks
 from keyturn_server.logs import configure_logs, get_log, scrub_event
 from keyturn_server.rpc.decode import report_from
 from keyturn_server.scrub import STRUCK, scrub
+from tests.providers import playing_providers
 
 # The text, and what is left of it.
 STRUCK_OUT = {
@@ -31,9 +36,11 @@ STRUCK_OUT = {
     "Perplexity": ("pplx-0123456789abcdefghij", STRUCK),
     "Fireworks": ("key fw_3ZkAbCdEfGhIjKlMnOpQrStU is bad", f"key {STRUCK} is bad"),
     "Google": ("?key=AIzaSyA-0123456789_abcdefghijklmnopq&alt=json", f"?key={STRUCK}&alt=json"),
+    "Google, since 2026": ("key: AQ.Ab8RN6Ldefghijklmnop_qrs-tuv", f"key: {STRUCK}"),
     "Mistral": ("Unauthorized: aBcDeFgHiJkLmNoPqRsTuVwXyZ012345", f"Unauthorized: {STRUCK}"),
     "Cohere": ("invalid api token a1b2c3d4e5f6g7h8i9j0k1l2m3n4o5p6q7r8s9t0", f"invalid api token {STRUCK}"),
     "Together": (f"key {'0a1b2c3d' * 8} refused", f"key {STRUCK} refused"),
+    "Together, newer": ("tgp_v1_aB3dE6fGh9iJkLmNoPqR", STRUCK),
     "bearer": ("Authorization: Bearer eyJhbGciOi.J9.e30", f"Authorization: Bearer {STRUCK}"),
     "basic": ("Authorization: Basic dXNlcjpwYXNz", f"Authorization: Basic {STRUCK}"),
     "handle": ("kth1_AAAA-bbbb_CCCC", STRUCK),
@@ -178,3 +185,18 @@ async def _error_of(work: Any) -> BaseException:
     with pytest.raises(RuntimeError) as caught:
         await work
     return caught.value
+
+
+async def test_libraries_do_not_tell_of_requests_to_providers(log: io.StringIO) -> None:
+    provider = Provider(
+        id="openai", name="", is_enabled=True, base_url="", auth_header="authorization", auth_prefix="",
+        key_pattern="", check_path="models", check_headers={}, check_refusal=None,
+    )  # fmt: skip
+    async with (
+        playing_providers() as providers,
+        open_provider_checks(timeout=timedelta(seconds=30), proxy=None) as checks,
+    ):
+        url = f"{providers.url}/openai"
+        assert (await checks.check(replace(provider, base_url=url), Secret("a-key"))).result is KeyCheck.VALID
+    logging.getLogger("httpx").warning("this is heard")
+    assert [json.loads(line)["event"] for line in log.getvalue().splitlines()] == ["this is heard"]

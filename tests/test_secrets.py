@@ -192,7 +192,10 @@ TOKEN = canary("kth1_")
 ROW = UUID("0192f3a4-5b6c-7d8e-9f01-23456789abcd")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 CIPHERTEXT = seal(KEYRING, Secret(SECRET), user_id="u", provider="openai", row_id=ROW)
-PROVIDER = Provider(id="openai", is_enabled=True, base_url="", auth_header="", auth_prefix="")
+PROVIDER = Provider(
+    id="openai", name="", is_enabled=True, base_url="", auth_header="", auth_prefix="", key_pattern="",
+    check_path=None, check_headers={}, check_refusal=None,
+)  # fmt: skip
 
 
 def shown(value: object) -> str:

@@ -74,7 +74,8 @@ def converse(channel: grpc.aio.Channel, service: str) -> Any:
 
 async def test_health_tells_of_the_process_each_service_and_the_push(sidecar: Sidecar) -> None:
     health = health_of(sidecar.channel)
-    names = ("", ROUTING, "keyturn.push")
+    services = ("RoutingService", "UserService", "CreditService", "ReportService")
+    names = ("", "keyturn.push", *(f"keyturn.v1.{service}" for service in services))
     for name in names:
         assert (await health.Check(asked(name), timeout=30)).status == SERVING
         watch = health.Watch(asked(name), timeout=30)

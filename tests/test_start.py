@@ -70,6 +70,24 @@ def test_a_duration_that_is_none_is_refused_by_name(monkeypatch: pytest.MonkeyPa
         read_settings()
 
 
+@pytest.mark.parametrize(
+    "text", ["proxy:3128", "socks5://proxy:1080", "http://:", "http://proxy", "http://proxy:x"]
+)
+def test_a_proxy_that_is_none_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("KEYTURN_PROVIDER_PROXY", text)
+    with pytest.raises(SettingsError, match="KEYTURN_PROVIDER_PROXY") as caught:
+        read_settings()
+    assert text not in str(caught.value)
+
+
+def test_a_proxy_with_a_password_is_taken_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYTURN_PROVIDER_PROXY", "http://user:hunter2@proxy:3128")
+    settings = read_settings()
+    assert settings.provider_proxy is not None
+    assert settings.provider_proxy.get_secret_value() == "http://user:hunter2@proxy:3128"
+    assert "hunter2" not in repr(settings)
+
+
 def test_an_option_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEYTURN_LISTEN", "unix:/one, unix:/two")
     assert read_settings().listen == ("unix:/one", "unix:/two")

@@ -20,9 +20,11 @@ from keyturn_server.configuration import Configuration
 from keyturn_server.decide import Decider
 from keyturn_server.errors import KeyturnFault, StoreUnavailable
 from keyturn_server.explain import Explainer
+from keyturn_server.flags import FlagSetter
 from keyturn_server.freshness import PushedCache
 from keyturn_server.keys.envelope import Unreadable
 from keyturn_server.keys.keyring import Keyring
+from keyturn_server.keys.provider_checks import KeyCheck, ProviderChecks, open_provider_checks
 from keyturn_server.keys.tokens import TokenSealer
 from keyturn_server.metrics import Metrics
 from keyturn_server.prices import PriceBook
@@ -31,18 +33,32 @@ from keyturn_server.rate_limits import RateLimits, WindowStorage
 from keyturn_server.record import Recorder
 from keyturn_server.redeem import Redeemer
 from keyturn_server.rpc.access import Access
+from keyturn_server.rpc.credit_service import CreditService
+from keyturn_server.rpc.flag_service import FlagService
 from keyturn_server.rpc.guard import Guard
+from keyturn_server.rpc.key_service import KeyService
+from keyturn_server.rpc.pages import Pages
+from keyturn_server.rpc.report_service import ReportService
 from keyturn_server.rpc.routing_service import RoutingService
+from keyturn_server.rpc.user_service import UserService
 from keyturn_server.serving import Admission, Health, Services, claimed, serving
 from keyturn_server.settings import Settings
+from keyturn_server.simulation import Simulator
+from keyturn_server.store.credits import Books
 from keyturn_server.store.database import Database, open_database
+from keyturn_server.store.flags import FlagTable
 from keyturn_server.store.ledger import Ledger, open_ledger
 from keyturn_server.store.migrate import migrate
-from keyturn_server.store.people import LEGACY, load_master_key_ids, load_profile
+from keyturn_server.store.people import LEGACY, Users, load_master_key_ids, load_profile
 from keyturn_server.store.push import Push
 from keyturn_server.store.redemptions import Redemptions
+from keyturn_server.store.reports import Reports
 from keyturn_server.store.settings import load_configuration, load_token_roots
+from keyturn_server.store.simulation import RequestLog
+from keyturn_server.store.user_keys import UserKeyRows
 from keyturn_server.tls import watched_tls
+from keyturn_server.user_keys import UserKeys
+from keyturn_server.user_settings import SettingsPage
 from keyturn_server.watched import Watched
 
 PUSH_SERVICE = "keyturn.push"
@@ -144,6 +160,13 @@ async def _services(
         sealer = TokenSealer(await load_token_roots(database))
         await asyncio.to_thread(PriceBook.warm)
         ledger = await stack.enter_async_context(open_ledger(database, on_group=metrics.grouped))
+        checks = await stack.enter_async_context(
+            open_provider_checks(
+                timeout=settings.provider_timeout,
+                proxy=settings.provider_proxy.get_secret_value() if settings.provider_proxy else None,
+                on_check=_KeyChecks(metrics, log),
+            )
+        )
 
         configurations = PushedCache[Configuration](
             lambda key: load_configuration(database),
@@ -171,6 +194,7 @@ async def _services(
             profiles=profiles,
             keyring=keyring,
             sealer=sealer,
+            checks=checks,
             guard=Guard(
                 access=_access(settings, admission),
                 log=log,
@@ -190,7 +214,14 @@ async def _services(
                     "weak_master_key", reason="ENCRYPTION_KEY follows a pattern: see `keyturn keygen`"
                 )
         yield Services(
-            services=(_routing_service(parts),),
+            services=(
+                _routing_service(parts),
+                _key_service(parts),
+                _flag_service(parts),
+                _user_service(parts),
+                _credit_service(parts),
+                _report_service(parts),
+            ),
             guard=parts.guard,
             health=health,
             metrics=metrics,
@@ -279,6 +310,19 @@ class _Denials:
         if (now := time.monotonic()) >= self._next_lines.get(code, 0):
             self._next_lines[code] = now + 1
             self._log.warning("access_denied", code=code, method=method, caller=caller)
+
+
+class _KeyChecks:
+    """Tells of keys that a provider was asked about: in the metrics, and of vain questions in the log."""
+
+    def __init__(self, metrics: Metrics, log: Any) -> None:
+        self._metrics = metrics
+        self._log = log
+
+    def __call__(self, provider: str, result: KeyCheck, cause: str) -> None:
+        self._metrics.key_checked(provider, result.value)
+        if result is KeyCheck.UNVERIFIED:
+            self._log.warning("key_unverified", provider=provider, cause=cause)
 
 
 class _Background:
@@ -425,6 +469,7 @@ class _Parts:
     profiles: PushedCache[Profile]
     keyring: Keyring | None
     sealer: TokenSealer
+    checks: ProviderChecks
     guard: Guard
     audit: Audit
     metrics: Metrics
@@ -433,6 +478,34 @@ class _Parts:
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+def _user_service(parts: _Parts) -> UserService:
+    return UserService(
+        users=Users(parts.database),
+        page=SettingsPage(
+            configurations=parts.configurations,
+            profiles=parts.profiles,
+            balances=parts.ledger,
+            keyring=parts.keyring,
+            clock=_now,
+        ),
+        changes=parts.audit,
+        on_change=parts.profiles.expire,
+    )
+
+
+def _credit_service(parts: _Parts) -> CreditService:
+    return CreditService(
+        grants=parts.ledger,
+        books=Books(parts.database),
+        pages=Pages(parts.sealer),
+        changes=parts.audit,
+    )
+
+
+def _report_service(parts: _Parts) -> ReportService:
+    return ReportService(reports=Reports(parts.database), pages=Pages(parts.sealer), clock=_now)
 
 
 def _routing_service(parts: _Parts) -> RoutingService:
@@ -490,4 +563,39 @@ def _routing_service(parts: _Parts) -> RoutingService:
         ),
         audit=parts.audit,
         guard=parts.guard,
+    )
+
+
+def _key_service(parts: _Parts) -> KeyService:
+    def bad_pattern(provider: str) -> None:
+        parts.log.error("key_pattern_broken", provider=provider, reason="it is no regular expression")
+
+    keys = UserKeys(
+        configurations=parts.configurations,
+        rows=UserKeyRows(parts.database),
+        checks=parts.checks,
+        keyring=parts.keyring,
+        clock=_now,
+        on_change=parts.profiles.expire,
+        on_bad_pattern=bad_pattern,
+    )
+    return KeyService(keys, changes=parts.audit)
+
+
+def _flag_service(parts: _Parts) -> FlagService:
+    table = FlagTable(parts.database)
+
+    async def changed() -> None:
+        await parts.configurations.cache.expire(_EVERYTHING)
+
+    return FlagService(
+        reader=table,
+        setter=FlagSetter(table, on_change=changed),
+        simulator=Simulator(
+            RequestLog(parts.database),
+            keyring=parts.keyring,
+            default_hold_micros=parts.settings.default_hold_micros,
+        ),
+        pages=Pages(parts.sealer),
+        audit=parts.audit,
     )

@@ -19,7 +19,7 @@ from keyturn_server.ids import new_id
 from keyturn_server.keys.envelope import Unreadable, open_sealed
 from keyturn_server.keys.keyring import Keyring
 from keyturn_server.keys.tokens import HandleClaims, TicketClaims, TokenSealer
-from keyturn_server.ledger import Balance, HoldAnswer, HoldRequest, HoldStatus
+from keyturn_server.ledger import Balance, HoldAnswer, HoldRequest, HoldStatus, KeyState
 from keyturn_server.prices import PriceBook, Usage
 from keyturn_server.profiles import Profile, StoredKey
 from keyturn_server.rate_limits import Limited, RateLimits
@@ -174,7 +174,7 @@ class Decider:
         `UserNotFound`, `RequestIdReused` and `StoreUnavailable`.
         """
         configuration = await self._configurations.get()
-        provider = provider_of(configuration, ask)
+        provider = provider_of(configuration, ask.provider)
         profile = await self._profiles.get(ask.user_id)
         now = self._clock()
         plan, key, secret = self.plan(ask, configuration, provider, profile, now)
@@ -403,6 +403,19 @@ def open_key(keyring: Keyring, user_id: str, key: StoredKey) -> Secret:
     return open_sealed(keyring, key.ciphertext, user_id=user_id, provider=key.provider, row_id=key.id)
 
 
+def state_of(key: StoredKey, now: datetime, *, is_readable: bool) -> KeyState:
+    """Whether a stored key can be used now, and the first reason why not."""
+    if not key.is_active:
+        return KeyState.INACTIVE
+    if not key.is_valid:
+        return KeyState.INVALID
+    if key.cooldown_until is not None and key.cooldown_until > now:
+        return KeyState.COOLING_DOWN
+    if not is_readable:
+        return KeyState.UNREADABLE
+    return KeyState.USABLE if key.is_verified else KeyState.UNVERIFIED
+
+
 def _held(ask: Ask, hold: HoldAnswer) -> _CreditsAnswer:
     if hold.provider != ask.provider:
         raise RequestIdReused(hold.provider)
@@ -416,9 +429,9 @@ def _ticket_message(verdict: Verdict, hold: HoldAnswer) -> str:
     return f"{sentence} This request_id was seen before: the ticket is its first one, which is {hold.state}."
 
 
-def provider_of(configuration: Configuration, ask: Ask) -> Provider:
+def provider_of(configuration: Configuration, provider_id: str) -> Provider:
     """The provider that is asked for. Raises `InvalidFields` for one that nobody has described."""
-    provider = configuration.providers.get(ask.provider)
+    provider = configuration.providers.get(provider_id)
     if provider is None:
         raise InvalidFields(("provider", "There is no such provider in api_providers."))
     return provider

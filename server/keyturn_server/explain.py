@@ -21,11 +21,12 @@ from keyturn_server.decide import (
     TicketRoute,
     open_key,
     provider_of,
+    state_of,
 )
 from keyturn_server.ids import new_id
 from keyturn_server.keys.envelope import Unreadable
 from keyturn_server.keys.keyring import Keyring
-from keyturn_server.ledger import Balance
+from keyturn_server.ledger import Balance, KeyState
 from keyturn_server.profiles import Profile, StoredKey
 from keyturn_server.rate_limits import Limited, RateLimits
 from keyturn_server.routing.model import Credits, DenialReason, Path, Plan, Verdict, World
@@ -70,7 +71,7 @@ class Explainer:
         Raises what `decide` raises, but for `RequestIdReused`: no request id is looked up.
         """
         configuration = await self._configurations.get()
-        provider = provider_of(configuration, ask)
+        provider = provider_of(configuration, ask.provider)
         profile = await self._profiles.get(ask.user_id)
         now = self._clock()
         plan, key, _ = self._decider.plan(ask, configuration, provider, profile, now)
@@ -165,21 +166,29 @@ class Explainer:
         self, ask: Ask, key: StoredKey, refused: frozenset[tuple[UUID, int]], now: datetime
     ) -> tuple[str, str]:
         shown = f"Label {key.label!r}, priority {key.priority}, ending in {key.hint!r}."
-        if not key.is_active:
+        sealed = self._why_sealed(ask, key)
+        state = state_of(key, now, is_readable=sealed is None)
+        if state is KeyState.INACTIVE:
             return "inactive", f"Switched off. {shown}"
-        if not key.is_valid:
+        if state is KeyState.INVALID:
             return "invalid", f"The provider refused it. {shown}"
         if (key.id, key.revision) in refused:
             return "refused", f"Among the failed_key_handles of this request. {shown}"
-        if key.cooldown_until is not None and key.cooldown_until > now:
+        if state is KeyState.COOLING_DOWN and key.cooldown_until is not None:
             return "cooling down", f"Until {key.cooldown_until.isoformat()}. {shown}"
+        if sealed is not None:
+            return ("sealed" if self._keyring is None else "unreadable"), f"{sealed} {shown}"
+        return ("usable" if state is KeyState.USABLE else "usable, unverified"), shown
+
+    def _why_sealed(self, ask: Ask, key: StoredKey) -> str | None:
+        """Why the key does not open; None when it does."""
         if self._keyring is None:
-            return "sealed", f"This sidecar has no ENCRYPTION_KEY. {shown}"
+            return "This sidecar has no ENCRYPTION_KEY."
         try:
             open_key(self._keyring, ask.user_id, key)
         except Unreadable as error:
-            return "unreadable", f"{error} {shown}"
-        return ("usable" if key.is_verified else "usable, unverified"), shown
+            return str(error)
+        return None
 
 
 def _credits_now(balance: Balance, amount_micros: int, limited: Limited | None, plan: Plan) -> Credits:
@@ -199,15 +208,21 @@ def _flag_steps(configuration: Configuration) -> list[Step]:
         "byok_uses_internal_credits": flags.byok_uses_internal_credits,
     }
     return [
-        Step(
-            f"flag {key}",
-            str(value).lower(),
-            "The default: there is no such row in feature_flags."
-            if key in configuration.flags_missing
-            else "From feature_flags.",
-        )
-        for key, value in values.items()
+        Step(f"flag {key}", str(value).lower(), _origin(configuration, key)) for key, value in values.items()
     ]
+
+
+def _origin(configuration: Configuration, key: str) -> str:
+    """Where a flag's value comes from."""
+    change = configuration.flag_changes.get(key)
+    if key in configuration.flags_missing:
+        origin = "The default: there is no such row in feature_flags"
+    else:
+        origin = "From feature_flags"
+    if change is None:
+        return f"{origin}."
+    why = f": {change.reason!r}" if change.reason else ""
+    return f"{origin}, changed by {change.changed_by} at {change.changed_at:%Y-%m-%d %H:%M:%S} UTC{why}."
 
 
 def _tier_steps(configuration: Configuration, profile: Profile) -> list[Step]:

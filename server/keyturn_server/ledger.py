@@ -105,6 +105,60 @@ class Balance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """Credits to add to a balance. The amount in micro-USD."""
+
+    id: UUID
+    """Of this very call: seen again, it is our own retry and no replay."""
+    user_id: str
+    amount_micros: int
+    request_id: str | None
+    """Grants once for each of a user's; None: every time."""
+    description: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Granted:
+    """What a grant came to; of a replay, the first one. The balance after it in micro-USD."""
+
+    transaction_id: UUID
+    balance_micros: int
+    replayed: bool
+
+
+class TransactionType(Enum):
+    """What a transaction does to a balance."""
+
+    GRANT = "grant"
+    DEDUCTION = "deduction"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transaction:
+    """One change of a balance, as it stands in the books. Amounts in micro-USD."""
+
+    id: UUID
+    """That of the decision, for a deduction."""
+    type: TransactionType
+    amount_micros: int
+    """What it adds: below zero for a deduction."""
+    balance_after_micros: int
+    request_id: str | None
+    description: str
+    service_type: str
+    provider: str
+    model: str
+    outcome: str | None
+    cost_source: str | None
+    mode: str | None
+    reason: str | None
+    """These four are known of deductions alone."""
+    total_tokens: int | None
+    is_late: bool
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What a caller says of one request, besides which one it was."""
 

@@ -147,6 +147,9 @@ def configure_logs(level: str, *, stream: TextIO | LineWriter | None = None) -> 
     root.setLevel(logging.INFO)
     # asyncpg traces every attempt to connect; the same is told in a line of ours, and counted.
     logging.getLogger("asyncpg").setLevel(logging.CRITICAL)
+    # They tell of every request to a provider, down to the headers of its answer.
+    for library in ("httpx", "httpcore"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("keyturn").setLevel(level.upper())
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

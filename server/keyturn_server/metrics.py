@@ -36,6 +36,12 @@ class Metrics:
         self.expired_holds = Counter(
             "keyturn_expired_holds_total", "Holds released because they ran out", registry=self.registry
         )
+        self._key_checks = Counter(
+            "keyturn_key_checks_total",
+            "Keys that a provider was asked about, by provider and result",
+            ["provider", "result"],
+            registry=self.registry,
+        )
         self._unavailable = Counter(
             "keyturn_store_unavailable_total",
             "Statements that the database did not take, by SQLSTATE",
@@ -60,6 +66,10 @@ class Metrics:
             ["file"],
             registry=self.registry,
         )
+
+    def key_checked(self, provider: str, result: str) -> None:
+        """One provider was asked about a key."""
+        self._key_checks.labels(provider, result).inc()
 
     def denied(self, code: str) -> None:
         """A caller was turned away."""

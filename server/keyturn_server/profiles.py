@@ -1,10 +1,24 @@
-"""What a decision needs to know of a user: the tier, and the keys as ciphertext."""
+"""Users: as an operator sees one, and what a decision needs to know: the tier, and the keys as ciphertext."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    """A user, without keys and credits."""
+
+    id: str
+    email: str
+    """Empty where nobody said."""
+    tier: str
+    is_known_tier: bool
+    """False for a name that `subscription_tiers` does not have."""
+    created_at: datetime
+    updated_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

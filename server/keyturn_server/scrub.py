@@ -18,8 +18,9 @@ _SECRETS: Final = re.compile(
       (?P<scheme> \b (?:bearer|basic) \s{1,8} )
           (?= [^\s"',;]*\d | (?-i: [^\s"',;]*[a-z][A-Z] ) | [^\s"',;]{16} ) [^\s"',;]{6,}
       # Providers' keys, masked ones too.
-    | \b (?:sk|pk|rk|gsk|csk|xai|pplx|nvapi|hf|fw|r8) [-_] (?= [\w.*-]*[\d*] | [\w.*-]{16} ) [\w.*-]{8,}
+    | \b (?:sk|pk|rk|gsk|csk|xai|pplx|nvapi|hf|fw|tgp|r8) [-_] (?= [\w.*-]*[\d*] | [\w.*-]{16} ) [\w.*-]{8,}
     | \b AIza[\w-]{10,}
+    | \b (?-i: AQ\.[\w-]{20,} )
       # Our handles and tickets, and our ciphertexts.
     | \b kt[ht]\d_[\w-]+
       # Our callers' tokens.

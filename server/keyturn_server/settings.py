@@ -11,6 +11,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -83,6 +84,11 @@ class Settings(BaseSettings):
     drain_timeout: timedelta = Field(default=timedelta(seconds=15), gt=timedelta(0))
     """How long calls in flight may take after SIGTERM."""
 
+    provider_timeout: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
+    """How long a provider may take to say whether a key is good."""
+    provider_proxy: SecretStr | None = None
+    """An HTTP proxy on the way to providers: `http://user:password@host:port`."""
+
     @field_validator("*", mode="before")
     @classmethod
     def _numbers_are_seconds(cls, value: object, info: ValidationInfo) -> object:
@@ -110,11 +116,21 @@ class Settings(BaseSettings):
         "tls_key",
         "tls_client_ca",
         "metrics",
+        "provider_proxy",
         mode="before",
     )
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
+
+    @field_validator("provider_proxy")
+    @classmethod
+    def _proxy_is_http(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            parts = urlsplit(value.get_secret_value())
+            if parts.scheme not in {"http", "https"} or not parts.hostname or not parts.port:
+                raise ValueError("it is not like http://user:password@host:port")
+        return value
 
     @property
     def retired_keys(self) -> tuple[str, ...]:

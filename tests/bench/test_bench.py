@@ -32,3 +32,24 @@ async def test_the_bench_prints_every_row_and_says_where_h2load_is_missing(tmp_p
         assert f"\n{row['name']} " in printed
         assert row["echo"]["calls"] > 0
         assert row["keyturn"]["calls"] > 0
+
+
+async def test_the_bench_of_simulations_prints_its_figures() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.bench.simulate"),
+        *("--records=2000", "--users=100", "--rounds=2", "--idle-seconds=0.3"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    printed = output.decode()
+    assert process.returncode == 0, printed
+    assert " moves of 2,000 requests, " in printed
+    for figure in (
+        "first page ",
+        "second page ",
+        "memory 2 ",
+        "own key, meanwhile: ",
+        "credits, meanwhile: ",
+    ):
+        assert figure in printed

@@ -157,6 +157,19 @@ async def test_a_migration_that_is_interrupted_leaves_nothing_half_done(
     await nothing_half_done(database, sql)
 
 
+async def test_only_providers_that_are_where_they_were_shipped_are_checked(
+    empty_database: str, empty: Connection
+) -> None:
+    await migrate(empty_database, SHIPPED[:2])
+    await empty.execute("UPDATE api_providers SET base_url = 'https://llm.example/v1' WHERE id = 'openai'")
+    await empty.execute(
+        "INSERT INTO api_providers (id, name, base_url) VALUES ('acme', 'Acme', 'https://a.example')"
+    )
+    await migrate(empty_database)
+    unchecked = await empty.fetch("SELECT id FROM api_providers WHERE check_path IS NULL ORDER BY id")
+    assert [row["id"] for row in unchecked] == ["acme", "openai"]
+
+
 # -- what the schema promises ---------------------------------------------------------------------------
 
 HOT = {

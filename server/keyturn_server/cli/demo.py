@@ -26,6 +26,8 @@ from keyturn_server.app import sidecar
 from keyturn_server.errors import KeyturnFault
 from keyturn_server.keys.keyring import Keyring
 from keyturn_server.logs import configure_logs, get_log
+from keyturn_server.routing.model import Mode as PolicyMode
+from keyturn_server.routing.model import flags_of
 from keyturn_server.serving import until_signalled
 from keyturn_server.settings import Settings
 from keyturn_server.store.database import Database, open_database
@@ -37,13 +39,6 @@ _MODEL = "gpt-4o-mini"
 _CREDITS_MICROS = 2_000_000
 _LIMIT = timedelta(seconds=10)
 
-# The four named configurations of the three flags: DESIGN, "The policy".
-_MODES = {
-    Mode.BYOK_FIRST: (True, False, False),
-    Mode.CREDIT_FIRST: (True, False, True),
-    Mode.BYOK_ONLY: (True, True, False),
-    Mode.INTERNAL_ONLY: (False, False, False),
-}
 _DEFAULTS = {"byok_enabled": True, "byok_only_mode": False, "byok_uses_internal_credits": False}
 # tier, has a key, has credits
 _USERS = {
@@ -150,12 +145,8 @@ async def _make_users(database: Database, keyring: Keyring | None) -> None:
 async def _decide_in_every_mode(console: Console, database: Database, client: AsyncClient) -> list[Decision]:
     """Flips the flags with plain SQL, and asks for every user in every mode."""
     decisions = []
-    for mode, (enabled, only, credits_first) in _MODES.items():
-        flags = {
-            "byok_enabled": enabled,
-            "byok_only_mode": only,
-            "byok_uses_internal_credits": credits_first,
-        }
+    for mode in (Mode.BYOK_FIRST, Mode.CREDIT_FIRST, Mode.BYOK_ONLY, Mode.INTERNAL_ONLY):
+        flags = {**_DEFAULTS, **flags_of(PolicyMode[mode.name])}
         await set_flags(database, flags)
         await _until_in_force(client, mode)
         table = Table(

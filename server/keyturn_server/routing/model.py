@@ -88,6 +88,22 @@ class Credits(Enum):
     """The tier's rate limit on credits is reached."""
 
 
+FLAG_KEYS = ("byok_enabled", "byok_uses_internal_credits", "byok_only_mode")
+"""The keys of the three feature flags, which are their names in `Flags` too."""
+
+_FLAGS_OF: dict[Mode, Mapping[str, bool]] = {
+    Mode.INTERNAL_ONLY: {"byok_enabled": False},
+    Mode.BYOK_ONLY: {"byok_enabled": True, "byok_only_mode": True},
+    Mode.CREDIT_FIRST: {"byok_enabled": True, "byok_only_mode": False, "byok_uses_internal_credits": True},
+    Mode.BYOK_FIRST: {"byok_enabled": True, "byok_only_mode": False, "byok_uses_internal_credits": False},
+}
+
+
+def flags_of(mode: Mode) -> Mapping[str, bool]:
+    """What the flags must be to make the mode, by key. Those that do not matter to it are not named."""
+    return _FLAGS_OF[mode]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flags:
     """The three feature flags. The defaults are those of a missing row."""
@@ -96,6 +112,25 @@ class Flags:
     byok_uses_internal_credits: bool = False
     byok_only_mode: bool = False
     min_tier: str = "premium"
+
+    @property
+    def values(self) -> dict[str, bool]:
+        """Whether each is on, by key."""
+        return {
+            "byok_enabled": self.byok_enabled,
+            "byok_uses_internal_credits": self.byok_uses_internal_credits,
+            "byok_only_mode": self.byok_only_mode,
+        }
+
+    def with_values(self, values: Mapping[str, bool]) -> Flags:
+        """These flags, but for the values of those that are named by key."""
+        new = {**self.values, **values}
+        return Flags(
+            byok_enabled=new["byok_enabled"],
+            byok_uses_internal_credits=new["byok_uses_internal_credits"],
+            byok_only_mode=new["byok_only_mode"],
+            min_tier=self.min_tier,
+        )
 
     @property
     def mode(self) -> Mode:

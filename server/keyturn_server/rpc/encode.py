@@ -13,10 +13,10 @@ from keyturn_server.ledger import CostSource, KeyState
 from keyturn_server.record import Recorded
 from keyturn_server.routing.model import DenialReason, Mode, Reason
 
-_MODES = {mode: policy_pb2.Mode.Value(f"MODE_{mode.name}") for mode in Mode}
+MODES = {mode: policy_pb2.Mode.Value(f"MODE_{mode.name}") for mode in Mode}
 _REASONS = {reason: policy_pb2.Reason.Value(f"REASON_{reason.name}") for reason in Reason}
-_DENIALS = {reason: policy_pb2.DenialReason.Value(f"DENIAL_REASON_{reason.name}") for reason in DenialReason}
-_KEY_STATES = {state: policy_pb2.KeyState.Value(f"KEY_STATE_{state.name}") for state in KeyState}
+DENIALS = {reason: policy_pb2.DenialReason.Value(f"DENIAL_REASON_{reason.name}") for reason in DenialReason}
+KEY_STATES = {state: policy_pb2.KeyState.Value(f"KEY_STATE_{state.name}") for state in KeyState}
 _COST_SOURCES = {
     source: routing_service_pb2.CostSource.Value(f"COST_SOURCE_{source.name}") for source in CostSource
 }
@@ -28,7 +28,7 @@ def decision_message(decision: Decision) -> routing_service_pb2.DecideResponse:
     """A DecideResponse."""
     message = routing_service_pb2.DecideResponse(
         decision_id=str(decision.id),
-        mode=_MODES[decision.mode],
+        mode=MODES[decision.mode],
         reason=_REASONS[decision.reason],
         message=decision.message,
         replayed=decision.replayed,
@@ -42,13 +42,13 @@ def decision_message(decision: Decision) -> routing_service_pb2.DecideResponse:
                     ticket=route.ticket,
                     hold_micros=route.hold_micros,
                     available_micros=route.available_micros,
-                    expire_time=_timestamp(route.expires_at),
+                    expire_time=timestamp(route.expires_at),
                 )
             )
         case Denied() as denied:
             message.denial.CopyFrom(
                 routing_service_pb2.Denial(
-                    reason=_DENIALS[denied.reason],
+                    reason=DENIALS[denied.reason],
                     retryable=denied.retryable,
                     retry_after=_duration(denied.retry_after),
                     suggestion=denied.suggestion,
@@ -67,7 +67,7 @@ def _key(route: KeyRoute) -> routing_service_pb2.KeyHandle:
         secret=route.secret.reveal() if route.secret is not None else "",
         auth=routing_service_pb2.KeyHandle.Auth(header=provider.auth_header, prefix=provider.auth_prefix),
         base_url=provider.base_url,
-        expire_time=_timestamp(route.expires_at),
+        expire_time=timestamp(route.expires_at),
     )
 
 
@@ -99,14 +99,13 @@ def record_message(recorded: Recorded) -> routing_service_pb2.RecordResponse:
         replayed=recorded.replayed,
         durability=routing_service_pb2.DURABILITY_DATABASE,
         key_state=(
-            policy_pb2.KEY_STATE_UNSPECIFIED
-            if recorded.key_state is None
-            else _KEY_STATES[recorded.key_state]
+            policy_pb2.KEY_STATE_UNSPECIFIED if recorded.key_state is None else KEY_STATES[recorded.key_state]
         ),
     )
 
 
-def _timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
+def timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
+    """A moment, as messages hold one."""
     span = moment - _EPOCH
     return timestamp_pb2.Timestamp(seconds=span // _SECOND, nanos=span.microseconds * 1000)
 

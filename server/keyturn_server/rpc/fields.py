@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from google.protobuf import duration_pb2
+from google.protobuf import duration_pb2, timestamp_pb2
 
 from keyturn_server.errors import InvalidFields
 
 MAX_ID: Final = 128
 MAX_PROVIDER: Final = 64
 MAX_SPAN: Final = timedelta(hours=24)
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_YEAR_10000: Final = 253_402_300_800
 
 CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -58,8 +61,17 @@ class Fields:
             if least <= span <= most:
                 return span
         self.violations.append(
-            (field, f"From {least.total_seconds():g} to {most.total_seconds():g} seconds.")
+            # Twelve digits: the default of six would write a year as 3.15e+07.
+            (field, f"From {least.total_seconds():.12g} to {most.total_seconds():.12g} seconds.")
         )
+        return None
+
+    def moment(self, field: str, value: timestamp_pb2.Timestamp) -> datetime | None:
+        """A time from 1970 to 9999, to the microsecond; None when it is another, which `check` tells of."""
+        # Not ToDatetime, for the same reason.
+        if 0 <= value.seconds < _YEAR_10000 and 0 <= value.nanos < 10**9:
+            return _EPOCH + timedelta(seconds=value.seconds, microseconds=value.nanos // 1000)
+        self.violations.append((field, "A time from 1970-01-01 to 9999-12-31."))
         return None
 
     def check(self) -> None:

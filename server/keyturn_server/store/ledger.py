@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
-from keyturn_server.errors import HoldNotFound, RecordConflict, RecordTooLate, RowLocked, UserNotFound
+from keyturn_server.errors import (
+    GrantConflict,
+    HoldNotFound,
+    InvalidFields,
+    RecordConflict,
+    RecordTooLate,
+    RowLocked,
+    UserNotFound,
+)
 from keyturn_server.grouping import AGAIN, Again, Group
-from keyturn_server.ids import new_id
 from keyturn_server.ledger import (
     Balance,
     CostSource,
+    Grant,
+    Granted,
     HoldAnswer,
     HoldRequest,
     HoldStatus,
@@ -46,7 +55,7 @@ SELECT 'replayed' AS status, h.id AS hold_id, h.amount_micros,
  WHERE h.user_id = $1 AND h.request_id = $2
 """
 _BALANCE = "SELECT balance_micros, held_micros FROM credit_accounts WHERE user_id = $1"
-_GRANT = "SELECT * FROM keyturn_grant_credits($1, $2, $3, $4, $5)"
+_GRANT = "SELECT * FROM keyturn_add_grants($1::keyturn_grant[], $2) ORDER BY ord"
 _EXPIRE = "SELECT * FROM keyturn_expire_holds($1)"
 _FORGET = "SELECT keyturn_forget($1)"
 
@@ -54,6 +63,7 @@ _FORGET = "SELECT keyturn_forget($1)"
 _MOST_IN_A_GROUP = 512
 # Some seconds' worth: whoever came behind it would not be answered in time.
 _MOST_QUEUED = 16 * _MOST_IN_A_GROUP
+_MOST_MICROS = 2**63 - 1
 
 
 class Ledger:
@@ -70,11 +80,13 @@ class Ledger:
         holds: Group[HoldRequest, HoldAnswer | Exception],
         settlements: Group[Settlement, Settled | Exception],
         key_uses: Group[KeyUse, KeyUsed | Exception],
+        grants: Group[Grant, Granted | Exception],
     ) -> None:
         self._database = database
         self._holds = holds
         self._settlements = settlements
         self._key_uses = key_uses
+        self._grants = grants
 
     async def place(self, request: HoldRequest) -> HoldAnswer:
         """Set credits aside, or say why not. The same `request_id` of a user gets its first hold again."""
@@ -95,6 +107,11 @@ class Ledger:
         contents."""
         return _raised(await self._key_uses.submit(use))
 
+    async def grant(self, grant: Grant) -> Granted:
+        """Add credits, once for each `request_id` of the user. Raises `UserNotFound`, `GrantConflict`
+        for a `request_id` with another amount, and `InvalidFields` where the balance would not fit."""
+        return _raised(await self._grants.submit(grant))
+
     async def balance(self, user_id: str) -> Balance:
         """The user's credits now; zero for a user without an account."""
         row = await self._database.fetchrow(_BALANCE, user_id)
@@ -111,19 +128,6 @@ class Ledger:
     async def forget(self, *, at_most: int) -> int:
         """Delete closed holds after their 30 days, and spent redemptions; how many."""
         return int(await self._database.fetchval(_FORGET, at_most))
-
-
-async def grant_credits(
-    database: Database, *, user_id: str, amount_micros: int, request_id: str | None, description: str
-) -> Balance:
-    """Add credits, once for each `request_id` of the user; the balance after it, in micro-USD.
-
-    Raises `UserNotFound` and `StoreUnavailable`.
-    """
-    row = await database.fetchrow(_GRANT, new_id(), user_id, amount_micros, request_id, description)
-    if row is None:
-        raise UserNotFound(user_id)
-    return Balance(balance_micros=row["balance_micros"], held_micros=0)
 
 
 @asynccontextmanager
@@ -148,6 +152,10 @@ async def open_ledger(
     async def record(uses: Sequence[KeyUse]) -> list[KeyUsed | Exception | Again]:
         return [_key_used(row) for row in await run(_RECORD, [_key_use_row(one) for one in uses])]
 
+    async def grant(grants: Sequence[Grant]) -> list[Granted | Exception | Again]:
+        rows = await run(_GRANT, [_grant_row(one) for one in grants])
+        return [_granted(one, row) for one, row in zip(grants, rows, strict=True)]
+
     def group(kind: str, run: Any, *, keep_cancelled: bool) -> Group[Any, Any]:
         return Group(
             run,
@@ -163,6 +171,7 @@ async def open_ledger(
             holds=await stack.enter_async_context(group("hold", place, keep_cancelled=False)),
             settlements=await stack.enter_async_context(group("settle", settle, keep_cancelled=True)),
             key_uses=await stack.enter_async_context(group("key_use", record, keep_cancelled=True)),
+            grants=await stack.enter_async_context(group("grant", grant, keep_cancelled=True)),
         )
 
 
@@ -293,6 +302,29 @@ def _key_used(row: asyncpg.Record) -> KeyUsed | Exception | Again:
     return KeyUsed(
         cost_source=CostSource(row["cost_source"]),
         key_state=KeyState(row["key_state"]),
+        replayed=row["status"] == "replayed",
+    )
+
+
+def _grant_row(grant: Grant) -> tuple[Any, ...]:
+    return (grant.id, grant.user_id, grant.amount_micros, grant.request_id, grant.description)
+
+
+def _granted(grant: Grant, row: asyncpg.Record) -> Granted | Exception:
+    match row["status"]:
+        case "busy":
+            return RowLocked()
+        case "unknown":
+            return UserNotFound(grant.user_id)
+        case "too_much":
+            return InvalidFields(
+                ("amount_micros", f"The balance would be over its limit of {_MOST_MICROS} micros.")
+            )
+    if row["amount_micros"] != grant.amount_micros:
+        return GrantConflict(row["amount_micros"])
+    return Granted(
+        transaction_id=row["transaction_id"],
+        balance_micros=row["balance_micros"],
         replayed=row["status"] == "replayed",
     )
 

@@ -1,36 +1,39 @@
-"""Users with their keys, as decisions see them."""
+"""Users, and their keys as decisions see them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from uuid import UUID
 
-from keyturn.secret import Secret
 from keyturn_server.errors import UserNotFound
-from keyturn_server.ids import new_id
-from keyturn_server.keys.envelope import seal
-from keyturn_server.keys.keyring import Keyring
-from keyturn_server.profiles import Profile, StoredKey
+from keyturn_server.profiles import Profile, User
+from keyturn_server.store.user_keys import stored_key
 
 if TYPE_CHECKING:
     from keyturn_server.store.database import Database
 
 _PROFILE = """
 SELECT u.subscription_tier, k.id, k.provider, k.label, k.priority, k.encrypted_key, k.key_hint, k.revision,
-       k.is_active, k.is_valid, k.verified_at IS NOT NULL AS is_verified, k.cooldown_until
+       k.is_active, k.is_valid, k.verified_at, k.cooldown_until
   FROM users u
   LEFT JOIN user_api_keys k ON k.user_id = u.id
  WHERE u.id = $1
  ORDER BY k.priority, k.created_at, k.id
 """
 
-_PUT_USER = """
-INSERT INTO users (id, email, subscription_tier) VALUES ($1, $2, $3)
-ON CONFLICT (id) DO UPDATE SET email = excluded.email, subscription_tier = excluded.subscription_tier
+_MAKE_USER = """
+INSERT INTO users (id, email, subscription_tier) VALUES ($1, nullif($2, ''), $3)
+ON CONFLICT (id) DO NOTHING RETURNING id
 """
-_SAVE_KEY = """
-INSERT INTO user_api_keys (user_id, id, provider, label, priority, encrypted_key, key_hint)
-VALUES ($1, $2, $3, $4, $5, $6, $7)
+# The same again touches nothing, `updated_at` included.
+_CHANGE_USER = """
+UPDATE users SET email = nullif($2, ''), subscription_tier = $3
+ WHERE id = $1 AND (email, subscription_tier) IS DISTINCT FROM (nullif($2, ''), $3)
+"""
+_USER = """
+SELECT u.id, coalesce(u.email, '') AS email, u.subscription_tier AS tier, t.name IS NOT NULL AS is_known_tier,
+       u.created_at, u.updated_at
+  FROM users u LEFT JOIN subscription_tiers t ON t.name = u.subscription_tier
+ WHERE u.id = $1
 """
 
 
@@ -57,27 +60,28 @@ async def load_master_key_ids(database: Database) -> set[str]:
     return {row["id"] for row in await database.fetch(_MASTER_KEY_IDS)}
 
 
-async def put_user(database: Database, *, user_id: str, email: str | None, tier: str) -> None:
-    """Make the user, or set email and tier of the one that is there. Raises `StoreUnavailable`."""
-    await database.fetch(_PUT_USER, user_id, email, tier)
+class Users:
+    """Users without their keys. Methods raise `StoreUnavailable`."""
 
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
-async def add_key(
-    database: Database,
-    keyring: Keyring,
-    secret: Secret,
-    *,
-    user_id: str,
-    provider: str,
-    label: str = "",
-    priority: int = 0,
-) -> UUID:
-    """Store a new key, sealed for its row; its id. Raises `StoreUnavailable`, asyncpg's data errors."""
-    key_id = new_id()
-    ciphertext = seal(keyring, secret, user_id=user_id, provider=provider, row_id=key_id)
-    hint = secret.reveal()[-4:]
-    await database.fetch(_SAVE_KEY, user_id, key_id, provider, label, priority, ciphertext, hint)
-    return key_id
+    async def put(self, *, user_id: str, email: str, tier: str) -> tuple[User, bool]:
+        """Make the user, or set email and tier of the one that is there; and whether it was made now."""
+        while True:
+            created = await self._database.fetchval(_MAKE_USER, user_id, email, tier) is not None
+            if not created:
+                await self._database.fetch(_CHANGE_USER, user_id, email, tier)
+            # Not there any more: deleted in between, and made again.
+            if (row := await self._database.fetchrow(_USER, user_id)) is not None:
+                return User(**row), created
+
+    async def get(self, user_id: str) -> User:
+        """The user. Raises `UserNotFound`."""
+        row = await self._database.fetchrow(_USER, user_id)
+        if row is None:
+            raise UserNotFound(user_id)
+        return User(**row)
 
 
 async def load_profile(database: Database, user_id: str) -> Profile:
@@ -88,21 +92,5 @@ async def load_profile(database: Database, user_id: str) -> Profile:
     return Profile(
         user_id=user_id,
         tier=rows[0]["subscription_tier"],
-        keys=tuple(
-            StoredKey(
-                id=row["id"],
-                provider=row["provider"],
-                label=row["label"],
-                priority=row["priority"],
-                ciphertext=row["encrypted_key"],
-                hint=row["key_hint"],
-                revision=row["revision"],
-                is_active=row["is_active"],
-                is_valid=row["is_valid"],
-                is_verified=row["is_verified"],
-                cooldown_until=row["cooldown_until"],
-            )
-            for row in rows
-            if row["id"] is not None
-        ),
+        keys=tuple(stored_key(row) for row in rows if row["id"] is not None),
     )

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING
 
-from keyturn_server.configuration import Configuration, Provider, Tier
+from keyturn_server.configuration import Configuration, FlagChange, Provider, Tier
 from keyturn_server.keys.tokens import TokenRoot
 from keyturn_server.prices import PriceOverride
-from keyturn_server.routing.model import Flags
+from keyturn_server.routing.model import FLAG_KEYS, Flags
 
 if TYPE_CHECKING:
     import asyncpg
 
-    from keyturn_server.store.database import Database
+    from keyturn_server.store.database import Database, PoolConnection
 
 _FLAGS = "SELECT key, is_enabled, min_tier FROM feature_flags WHERE key = ANY ($1)"
+_LAST_CHANGES = """
+SELECT DISTINCT ON (key) key, changed_by, reason, changed_at FROM feature_flag_changes
+ WHERE key = ANY ($1) ORDER BY key, id DESC
+"""
 _TIERS = "SELECT name, rank, requests_per_minute, requests_per_day FROM subscription_tiers"
-_PROVIDERS = "SELECT id, is_enabled, base_url, auth_header, auth_prefix FROM api_providers"
+_PROVIDERS = """
+SELECT id, name, is_enabled, base_url, auth_header, auth_prefix, key_pattern, check_path, check_headers,
+       check_refusal
+  FROM api_providers ORDER BY sort_order, id
+"""
 _PRICES = """
 SELECT provider, model, input_micros_per_mtok, output_micros_per_mtok, cache_read_micros_per_mtok,
        cache_write_micros_per_mtok
@@ -30,8 +39,6 @@ INSERT INTO token_roots (id, secret) SELECT $1, $2 WHERE NOT EXISTS (SELECT FROM
 # Two sidecars starting at once: the second sees the first one's root.
 _LOCK_ROOTS = "LOCK TABLE token_roots IN SHARE ROW EXCLUSIVE MODE"
 
-_FLAG_KEYS = ("byok_enabled", "byok_uses_internal_credits", "byok_only_mode")
-
 
 async def load_configuration(database: Database) -> Configuration:
     """Everything that is set for everyone, as of one moment. Raises `StoreUnavailable`."""
@@ -39,18 +46,29 @@ async def load_configuration(database: Database) -> Configuration:
         database.connection() as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
     ):
-        flags = {row["key"]: row for row in await connection.fetch(_FLAGS, _FLAG_KEYS)}
-        tiers = [Tier(**row) for row in await connection.fetch(_TIERS)]
-        providers = [Provider(**row) for row in await connection.fetch(_PROVIDERS)]
-        prices = [PriceOverride(**row) for row in await connection.fetch(_PRICES)]
+        return await read_configuration(connection)
+
+
+async def read_configuration(connection: PoolConnection) -> Configuration:
+    """The same within a transaction of the caller's, which is what makes it of one moment."""
+    flags = {row["key"]: row for row in await connection.fetch(_FLAGS, FLAG_KEYS)}
+    changes = [FlagChange(**row) for row in await connection.fetch(_LAST_CHANGES, FLAG_KEYS)]
+    tiers = [Tier(**row) for row in await connection.fetch(_TIERS)]
+    providers = [_provider(row) for row in await connection.fetch(_PROVIDERS)]
+    prices = [PriceOverride(**row) for row in await connection.fetch(_PRICES)]
     return Configuration(
         flags=_flags(flags),
-        flags_missing=frozenset(_FLAG_KEYS) - flags.keys(),
+        flags_missing=frozenset(FLAG_KEYS) - flags.keys(),
+        flag_changes={change.key: change for change in changes},
         tiers={tier.name: tier for tier in tiers},
         tier_ranks={tier.name: tier.rank for tier in tiers},
         providers={provider.id: provider for provider in providers},
         prices={(price.provider, price.model): price for price in prices},
     )
+
+
+def _provider(row: asyncpg.Record) -> Provider:
+    return Provider(**{**row, "check_headers": json.loads(row["check_headers"])})
 
 
 def _flags(rows: dict[str, asyncpg.Record]) -> Flags:
