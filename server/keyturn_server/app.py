@@ -301,17 +301,17 @@ async def _reload(admission: Admission, metrics: Metrics, log: Any) -> None:
 
 
 class _Denials:
-    """Tells of calls that are turned away: each in the metrics, one a second in the log."""
+    """Tells of calls that are turned away: each in the metrics, one a second and code in the log."""
 
     def __init__(self, metrics: Metrics, log: Any) -> None:
         self._metrics = metrics
         self._log = log
-        self._next_line = 0.0
+        self._next_lines: dict[str, float] = {}
 
     def __call__(self, code: str, method: str, caller: str) -> None:
         self._metrics.denied(code)
-        if (now := time.monotonic()) >= self._next_line:
-            self._next_line = now + 1
+        if (now := time.monotonic()) >= self._next_lines.get(code, 0):
+            self._next_lines[code] = now + 1
             self._log.warning("access_denied", code=code, method=method, caller=caller)
 
 
