@@ -126,11 +126,9 @@ class Settings(BaseSettings):
     @field_validator("provider_proxy")
     @classmethod
     def _proxy_is_http(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            parts = urlsplit(value.get_secret_value())
-            if parts.scheme not in {"http", "https"} or not parts.hostname or not parts.port:
-                raise ValueError("it is not like http://user:password@host:port")
-        return value
+        if value is None or _is_http_proxy(value.get_secret_value()):
+            return value
+        raise ValueError("it is not like http://user:password@host:port")
 
     @property
     def retired_keys(self) -> tuple[str, ...]:
@@ -139,6 +137,14 @@ class Settings(BaseSettings):
         if joined is None:
             return ()
         return tuple(part.strip() for part in joined.get_secret_value().split(","))
+
+
+def _is_http_proxy(url: str) -> bool:
+    # The error of a wrong port quotes it, which may be a password.
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and bool(parts.port)
+    return False
 
 
 class ConnectionSettings(BaseSettings):

@@ -118,6 +118,7 @@ async def _decide_until(
 async def bench(options: argparse.Namespace) -> None:
     """Fills a database, simulates, and prints the figures."""
     end_on_signals()
+    before_load = os.getloadavg()[0]
     cores = Cores.split()
     os.sched_setaffinity(0, cores.rest)
     async with AsyncExitStack() as stack:
@@ -172,16 +173,19 @@ async def bench(options: argparse.Namespace) -> None:
             idle[name] = await _decide_until(over.done, decide, users)
 
         busy: dict[str, list[float]] = {name: [] for name in idle}
-        firsts, memory = [], []
+        firsts, memory, cpu = [], [], []
         for number in range(options.rounds):
             before, _ = _memory_mb(server.pid)
             _forget_peak(server.pid)
+            server_before, postgres_before = server.cpu_seconds()
             began = time.perf_counter()
             simulation = asyncio.create_task(simulate(1000))
             name, users = (("own key", cycle(owners)), ("credits", cycle(payers)))[number % 2]
             busy[name] += await _decide_until(simulation.done, decide, users)
             answer = await simulation
             firsts.append(time.perf_counter() - began)
+            server_after, postgres_after = server.cpu_seconds()
+            cpu.append((server_after - server_before, postgres_after - postgres_before))
             memory.append((before, *_memory_mb(server.pid)))
         began = time.perf_counter()
         page = await simulate(1000, answer.next_page_token) if answer.next_page_token else answer
@@ -199,8 +203,14 @@ async def bench(options: argparse.Namespace) -> None:
         f"answer       {len(answer.moves):,} moves of {counted:,} requests, {answer.denied_count:,} denials,"
         f" first page of {answer.ByteSize():,} bytes"
     )
+    print(
+        "CPU          "
+        + ", ".join(f"sidecar {ours:.2f} s and PostgreSQL {postgres:.2f} s" for ours, postgres in cpu)
+        + " (the calls of Decide included)"
+    )
     for number, (before, after, peak) in enumerate(memory, start=1):
         print(f"memory {number}     RSS before {before:.0f} MB, peak {peak:.0f} MB, after {after:.0f} MB")
+    print(f"load         average {before_load:.1f} before, {os.getloadavg()[0]:.1f} after")
     for name, spans in idle.items():
         for when, some in (("idle", spans), ("meanwhile", busy[name])):
             if some:
