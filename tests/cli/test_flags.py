@@ -92,7 +92,7 @@ async def test_a_lockout_is_refused_with_how_many_and_what_to_do_next(
     check_fault(
         await ask(sidecar, *command),
         3,
-        "Nothing was changed: 3 eligible users",
+        "Nothing was changed: BYOK_ONLY would lock out 3 eligible users without",
         "keyturn reports at-risk",
         "--acknowledge-lockout",
         "[LOCKOUT_NOT_ACKNOWLEDGED]",

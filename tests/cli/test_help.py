@@ -69,11 +69,16 @@ def test_a_command_says_what_it_does_what_every_parameter_is_and_how_it_ends(
             assert option in text
 
 
-async def test_the_help_of_the_whole_lists_the_groups_and_the_exit_codes() -> None:
-    finished = await keyturn("--help", COLUMNS="200")
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("keys",), ("keys", "--help"), ("db", "-h")])
+async def test_the_help_of_a_group_has_a_line_for_each_command_and_the_exit_codes(
+    arguments: tuple[str, ...],
+) -> None:
+    finished = await keyturn(*arguments, COLUMNS="200")
     assert (finished.code, finished.err) == (0, "")
     listed = dict(re.findall(r"^│ ([a-z-]+) +(\S.*?) +│$", finished.out, re.MULTILINE))
-    assert listed.keys() >= GROUPS | ALONE
+    path = tuple(argument for argument in arguments if not argument.startswith("-"))
+    inside = {command[len(path)] for command in COMMANDS if command[: len(path)] == path}
+    assert listed.keys() >= inside
     assert EPILOGUE in re.sub(r"\s+", " ", finished.out)
 
 

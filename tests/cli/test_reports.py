@@ -64,6 +64,31 @@ async def test_a_split_takes_whole_days_in_utc(sidecar: Sidecar, make: Factory, 
     assert yesterday not in said
 
 
+async def test_a_split_may_be_larger_than_grpc_takes_by_default(
+    sidecar: Sidecar, make: Factory, sql: Connection
+) -> None:
+    await traffic(sidecar, make)
+    columns = await sql.fetch(
+        "SELECT column_name FROM information_schema.columns "
+        "WHERE table_name = 'api_key_usage' AND is_generated = 'NEVER'"
+    )
+    changed = {
+        "id": "gen_random_uuid()",
+        "submission_id": "gen_random_uuid()",
+        "service_type": "repeat('漢', 62) || kind",
+        "created_at": "created_at - make_interval(days => day)",
+    }
+    names = [row["column_name"] for row in columns]
+    await sql.execute(
+        f"INSERT INTO api_key_usage ({', '.join(names)}) "
+        f"SELECT {', '.join(changed.get(name, name) for name in names)} "
+        "FROM api_key_usage, generate_series(1, 250) AS day, generate_series(1, 90) AS kind"
+    )
+    answer = await answered(sidecar, "reports", "split", "--by", "service-type", "--days", "300")
+    assert len(answer["rows"]) >= 250 * 90
+    assert sum(len(row["group"].encode()) for row in answer["rows"]) > 4 * 1024 * 1024
+
+
 async def test_a_split_over_too_long_a_window_is_refused(sidecar: Sidecar) -> None:
     finished = await ask(sidecar, "reports", "split", "--from", "2020-01-01", "--to", "2022-01-01")
     check_fault(finished, 2, "[INVALID_FIELD]")
@@ -79,7 +104,9 @@ async def test_users_at_risk_are_counted_and_listed_with_their_email(
     email = await sql.fetchval("SELECT email FROM users WHERE id = $1", keyless)
     said = await told(sidecar, "reports", "at-risk")
     head, rows = said.split("\n\n")
-    assert head.startswith("BYOK_ONLY would lock out 2 eligible users: 1 have no active key, 1 only")
+    assert head.startswith(
+        "BYOK_ONLY would lock out 2 eligible users: 1 without an active key, 1 with refused"
+    )
     assert rows_of(rows)[1] == [keyless, email, "premium", "BYOK_REQUIRED"]
     assert rows_of(rows)[2][0] == refused
     assert rows_of(rows)[2][-1] == "KEY_UNUSABLE"

@@ -59,13 +59,12 @@ def run() -> None:
 
 
 def _run() -> ExitCode:
-    if not sys.argv[1:] or sys.argv[1].startswith("-"):
-        app.resolved_commands()  # the help of the whole takes each command's line from its module
     try:
         " ".join(sys.argv).encode()
     except UnicodeEncodeError:
         return _end(Ended(ExitCode.USAGE, "An argument is not valid UTF-8."))
     try:
+        _load_for_help()
         ended = app(result_action="return_value", exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except cyclopts.CycloptsError as error:
@@ -77,6 +76,17 @@ def _run() -> ExitCode:
     except Exception as error:
         return _fault(error)
     return ended if isinstance(ended, ExitCode) else ExitCode.DONE
+
+
+def _load_for_help() -> None:
+    """Imports the commands of a group that is named alone: its help takes their lines from them."""
+    chain, _, _ = app.parse_commands()
+    group = app
+    for name in chain:
+        if not name.startswith("-"):
+            group = group[name]
+    if group.default_command is None:
+        group.resolved_commands()
 
 
 def _end(ending: Ended) -> ExitCode:

@@ -16,7 +16,7 @@ from keyturn.address import default_socket
 from keyturn.errors import KeyturnError, from_rpc
 from keyturn_server.cli.connection import DEFAULT, Channel, Connection, connected
 from keyturn_server.cli.exit_codes import Ended, ExitCode, wrong_usage
-from keyturn_server.cli.printing import note, printable
+from keyturn_server.cli.printing import counted, note, printable
 from keyturn_server.cli.values import PositiveSpan
 from keyturn_server.errors import KeyturnFault
 
@@ -163,11 +163,8 @@ def _ended(error: KeyturnError, timeout: timedelta) -> Ended:
     steps: tuple[str, ...] = ()
     match reason:
         case "LOCKOUT_NOT_ACKNOWLEDGED":
-            count = int(error.metadata.get("locked_out_users", "0"))
-            message = (
-                f"Nothing was changed: {count:,} eligible users have no usable key, and BYOK_ONLY would lock "
-                "them out."
-            )
+            users = counted(int(error.metadata.get("locked_out_users", "0")), "eligible user")
+            message = f"Nothing was changed: BYOK_ONLY would lock out {users} without a usable key."
             steps = (
                 "Who they are: keyturn reports at-risk",
                 "To go ahead all the same: the same command with --acknowledge-lockout",

@@ -14,7 +14,7 @@ from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1.flag_service_pb2_grpc import FlagServiceStub
 from keyturn_server.cli.calls import DEFAULTS, Options, note_more
 from keyturn_server.cli.exit_codes import wrong_usage
-from keyturn_server.cli.printing import dollars, moment, note, on_off, phrase, show, table, word
+from keyturn_server.cli.printing import counted, dollars, moment, note, on_off, phrase, show, table, word
 from keyturn_server.cli.values import Count, Span, switches_of
 from keyturn_server.routing.model import Mode, flags_of
 
@@ -172,7 +172,7 @@ def _read(settings: Iterable[str]) -> dict[str, bool]:
 def _note_lockout(users: int) -> None:
     if users:
         note(
-            f"{users:,} eligible users without a usable key are locked out now.",
+            f"locked out now: {counted(users, 'eligible user')} without a usable key",
             "Who they are: keyturn reports at-risk",
         )
 

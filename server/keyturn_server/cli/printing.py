@@ -128,6 +128,11 @@ def seconds(span: Duration) -> str:
     return f"{total.normalize():f} s" if total else ""
 
 
+def counted(count: int, what: str) -> str:
+    """`1 user`, `1,200 users`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def yes_no(value: bool) -> str:
     return "yes" if value else "no"
 

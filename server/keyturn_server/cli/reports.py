@@ -14,7 +14,7 @@ from keyturn.v1 import report_service_pb2 as pb
 from keyturn.v1.report_service_pb2_grpc import ReportServiceStub
 from keyturn_server.cli.calls import DEFAULTS, Options, note_more
 from keyturn_server.cli.exit_codes import wrong_usage
-from keyturn_server.cli.printing import dollars, fields, moment, show, table, word, yes_no
+from keyturn_server.cli.printing import counted, dollars, fields, moment, show, table, word, yes_no
 from keyturn_server.cli.values import Count, Day
 
 app = cyclopts.App(name="reports", help="Own keys against credits, users without keys, adoption.")
@@ -138,8 +138,8 @@ def _totals(totals: pb.UsageTotals) -> tuple[str, str, str]:
 def _at_risk(answer: pb.ListUsersWithoutKeysResponse) -> str:
     refused = answer.total_count - answer.without_active_key_count
     head = (
-        f"BYOK_ONLY would lock out {answer.total_count:,} eligible users: "
-        f"{answer.without_active_key_count:,} have no active key, {refused:,} only keys that were refused."
+        f"BYOK_ONLY would lock out {counted(answer.total_count, 'eligible user')}: "
+        f"{answer.without_active_key_count:,} without an active key, {refused:,} with refused keys only."
     )
     rows = table(
         ("user", "email", "tier", "reason"),
