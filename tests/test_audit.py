@@ -17,12 +17,14 @@ import grpc
 import pytest
 
 from keyturn.v1 import routing_service_pb2 as pb
+from keyturn.v1 import user_service_pb2 as user_pb
 from keyturn_server.access import ALL_ROLES, Caller
 from keyturn_server.audit import Audit, open_audit
 from keyturn_server.ids import new_id
 from keyturn_server.logs import LineWriter
+from keyturn_server.store.database import Database
 from tests.cli.command import environment_of
-from tests.factories import Factory
+from tests.factories import Connection, Factory
 from tests.support import (
     MASTER_KEY,
     Fault,
@@ -242,6 +244,35 @@ async def test_a_sidecar_whose_log_nobody_reads_answers(database: str, make: Fac
             await process.wait()
             os.close(writing)
             os.close(reading)
+
+
+async def test_a_change_whose_caller_hangs_up_is_made_whole_and_audited(
+    database: str, sql: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetchval, begun, may_go_on = Database.fetchval, asyncio.Event(), asyncio.Event()
+
+    async def slow(database: Database, statement: str, *arguments: Any) -> Any:
+        if "INSERT INTO users" in statement:
+            begun.set()
+            await may_go_on.wait()
+        return await fetchval(database, statement, *arguments)
+
+    monkeypatch.setattr(Database, "fetchval", slow)
+    async with running_sidecar(database) as sidecar:
+        request = user_pb.PutUserRequest(user_id="u1", tier="lifetime")
+        call = method_of(sidecar.channel, "PutUser")(request, timeout=30)
+        await begun.wait()
+        assert call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        # Over the same connection, so the sidecar has heard of the cancellation before.
+        with pytest.raises(Fault):
+            await sidecar.call("GetUser", user_pb.GetUserRequest(user_id="u1"))
+        may_go_on.set()
+    # The drain has waited for it.
+    assert await sql.fetchval("SELECT subscription_tier FROM users WHERE id = 'u1'") == "lifetime"
+    told = [json.loads(line) for line in sidecar.log.getvalue().splitlines() if "operator_change" in line]
+    assert [(line["action"], line["user_id"]) for line in told] == [("PutUser", "u1")]
 
 
 async def test_a_log_that_nobody_ever_reads_does_not_keep_the_process(monkeypatch: Any) -> None:

@@ -74,7 +74,14 @@ def converse(channel: grpc.aio.Channel, service: str) -> Any:
 
 async def test_health_tells_of_the_process_each_service_and_the_push(sidecar: Sidecar) -> None:
     health = health_of(sidecar.channel)
-    services = ("RoutingService", "UserService", "CreditService", "ReportService")
+    services = (
+        "RoutingService",
+        "KeyService",
+        "FlagService",
+        "UserService",
+        "CreditService",
+        "ReportService",
+    )
     names = ("", "keyturn.push", *(f"keyturn.v1.{service}" for service in services))
     for name in names:
         assert (await health.Check(asked(name), timeout=30)).status == SERVING

@@ -200,6 +200,7 @@ async def serving(
             log.info("draining", in_flight=guard.in_flight)
             services.health.drain()
             await server.stop(drain_timeout.total_seconds())
+            await guard.settled()
             log.info("stopped")
 
 

@@ -6,8 +6,9 @@ ours, and without interceptors, which cost more than a decision does.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -49,7 +50,7 @@ class Method(Generic[Request]):
     """One unary method: what it takes, what answers it, and who may call it."""
 
     request_type: type[Request]
-    answer: Callable[[Request, Caller], Awaitable[Message]]
+    answer: Callable[[Request, Caller], Coroutine[Any, Any, Message]]
     roles: frozenset[Role]
     max_bytes: int = MAX_REQUEST_BYTES
 
@@ -86,6 +87,7 @@ class Guard:
         self._log = log
         self._on_call = on_call
         self._on_denied = on_denied
+        self._changes: set[asyncio.Task[Message]] = set()
         self.in_flight = 0
         """Calls being answered right now."""
 
@@ -113,7 +115,8 @@ class Guard:
                     request = request_type.FromString(body)
                 except DecodeError:
                     raise MalformedRequest from None
-                response = await answer(request, caller)
+                work = answer(request, caller)
+                response = await (self._to_its_end(work) if roles == CHANGING else work)
                 self._on_call(name, "OK")
                 return response.SerializeToString()
             except Exception as error:
@@ -126,6 +129,24 @@ class Guard:
 
         # As a stream of one request: that of a unary method would be read before we are asked.
         return grpc.stream_unary_rpc_method_handler(handle)
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, Message]) -> Message:
+        """The answer of an operator's change. It is made and audited whole, also for a caller that hangs up
+        meanwhile."""
+        change = asyncio.create_task(work)
+        self._changes.add(change)
+        change.add_done_callback(self._changed)
+        return await asyncio.shield(change)
+
+    def _changed(self, change: asyncio.Task[Message]) -> None:
+        self._changes.discard(change)
+        if not change.cancelled():
+            change.exception()  # nobody else may be left to look at it
+
+    async def settled(self) -> None:
+        """Back when no change is under way whose caller has hung up."""
+        while self._changes:
+            await asyncio.wait(self._changes)
 
     def foreign(
         self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
