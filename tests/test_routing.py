@@ -486,6 +486,20 @@ async def test_explain_has_no_side_effect_and_no_secret(
     assert await sql.fetchval("SELECT count(*) FROM credit_holds") == 0
 
 
+async def test_explain_says_what_the_provider_said_of_a_key(sidecar: Sidecar, make: Factory) -> None:
+    user = await make.user()
+    refused = await make.key(user, is_valid=False, last_error=f"Incorrect API key provided: {SECRET}")
+    resting = await make.key(
+        user, cooldown_until=datetime.now(UTC) + timedelta(hours=1), last_error="Slow down!"
+    )
+    answer = await sidecar.call("Explain", explain(user))
+    told = {step.check: step for step in answer.steps}
+    assert told[f"key {refused}"].detail.startswith("Incorrect API key provided: ***. Label ")
+    assert told[f"key {resting}"].detail.startswith("Until 2")
+    assert " UTC. Slow down! Label " in told[f"key {resting}"].detail
+    assert SECRET not in str(answer)
+
+
 async def test_explain_says_who_set_a_flag_and_why(sidecar: Sidecar, make: Factory, sql: Connection) -> None:
     user = await make.user()
 

@@ -32,6 +32,7 @@ from keyturn_server.rate_limits import Limited, RateLimits
 from keyturn_server.routing.model import Credits, DenialReason, Path, Plan, Verdict, World
 from keyturn_server.routing.policy import conclude, is_eligible
 from keyturn_server.routing.reasons import SENTENCES
+from keyturn_server.scrub import scrub
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +172,12 @@ class Explainer:
         if state is KeyState.INACTIVE:
             return "inactive", f"Switched off. {shown}"
         if state is KeyState.INVALID:
-            return "invalid", f"The provider refused it. {shown}"
+            return "invalid", f"{_said(key) or 'The provider refused it.'} {shown}"
         if (key.id, key.revision) in refused:
             return "refused", f"Among the failed_key_handles of this request. {shown}"
         if state is KeyState.COOLING_DOWN and key.cooldown_until is not None:
-            return "cooling down", f"Until {key.cooldown_until.isoformat()}. {shown}"
+            until = f"Until {key.cooldown_until:%Y-%m-%d %H:%M:%S} UTC."
+            return "cooling down", " ".join(filter(None, (until, _said(key), shown)))
         if sealed is not None:
             return ("sealed" if self._keyring is None else "unreadable"), f"{sealed} {shown}"
         return ("usable" if state is KeyState.USABLE else "usable, unverified"), shown
@@ -189,6 +191,13 @@ class Explainer:
         except Unreadable as error:
             return str(error)
         return None
+
+
+def _said(key: StoredKey) -> str:
+    """What was last said against the key; empty when nobody said anything. Rows of other gateways hold
+    what those thought fit, so it is scrubbed."""
+    said = scrub(key.last_error)
+    return said if not said or said[-1] in ".!?…" else f"{said}."
 
 
 def _credits_now(balance: Balance, amount_micros: int, limited: Limited | None, plan: Plan) -> Credits:

@@ -37,6 +37,8 @@ class StoredKey:
     is_valid: bool
     is_verified: bool
     cooldown_until: datetime | None
+    last_error: str = field(default="", repr=False)
+    """What was last said against it, as it was stored; kept only while it is invalid or cools down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

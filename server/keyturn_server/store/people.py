@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _PROFILE = """
 SELECT u.subscription_tier, k.id, k.provider, k.label, k.priority, k.encrypted_key, k.key_hint, k.revision,
-       k.is_active, k.is_valid, k.verified_at, k.cooldown_until
+       k.is_active, k.is_valid, k.verified_at, k.cooldown_until, k.last_error
   FROM users u
   LEFT JOIN user_api_keys k ON k.user_id = u.id
  WHERE u.id = $1

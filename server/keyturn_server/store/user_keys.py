@@ -183,6 +183,7 @@ def stored_key(row: Any) -> StoredKey:
         is_valid=row["is_valid"],
         is_verified=row["verified_at"] is not None,
         cooldown_until=row["cooldown_until"],
+        last_error=(row["last_error"] or "") if row["cooldown_until"] or not row["is_valid"] else "",
     )
 
 

@@ -40,7 +40,3 @@ UPDATE api_providers p
     ('perplexity', 'https://api.perplexity.ai',             'v1/async/sonar', '{}', NULL)
   ) AS v (id, base_url, check_path, check_headers, check_refusal)
  WHERE p.id = v.id AND p.base_url = v.base_url;
-
--- When a key last changed is told to people: what a provider says of it is no change of it.
-CREATE OR REPLACE TRIGGER touch BEFORE UPDATE OF provider, label, priority, encrypted_key, is_active
-    ON user_api_keys FOR EACH ROW EXECUTE FUNCTION keyturn_touch();
