@@ -361,6 +361,38 @@ def test_the_table_of_a_commands_connection_is_complete() -> None:
     assert listed == {f"KEYTURN_{name.upper()}" for name in ConnectionSettings.model_fields}
 
 
+async def test_the_first_steps_lead_where_the_page_says() -> None:
+    steps = section(OPERATING, "First steps")
+    setup, *rest = blocks(steps, "sh")
+    # `make setup` has been run, and no test talks to a provider.
+    install, path, *setup_rest = setup.splitlines(keepends=True)
+    assert (install, path) == ("make setup\n", 'export PATH="$PWD/.venv/bin:$PATH"\n')
+    offline = "export KEYTURN_PROVIDER_PROXY=http://127.0.0.1:1\n"
+    async with temporary_directory() as directory:
+        script = offline + "".join(("".join(setup_rest), *rest))
+        # What still runs when a step fails is stopped all the same.
+        told = await shell("trap 'kill $(jobs -p) 2> /dev/null || true' EXIT\n" + script, directory)
+        log = (directory / "keyturn.log").read_text()
+    for expected in (
+        "Granted $5.00.",
+        "unverified",
+        "TIER_NOT_ELIGIBLE",
+        "Charged     $0.00042",
+        "CREDIT_FIRST",
+        "INTERNAL_ONLY",
+        "BYOK_ONLY would lock out 1 eligible user",
+        "refused with exit code 3",
+        "They were told",
+        "No key is left under another master key.",
+        "BYOK_FIRST: the user's own key",
+        "Fit: no problems",
+        "With a key",
+    ):
+        assert expected in told, f"{expected}\n{told}"
+    assert "sk-made-up" not in told + log
+    assert log.count('"event": "serving"') == 2
+
+
 async def test_the_health_names_are_those_that_the_sidecar_knows(sidecar: Sidecar) -> None:
     stub = health_pb2_grpc.HealthStub(sidecar.channel)
     known = (await stub.List(health_pb2.HealthListRequest(), timeout=30)).statuses
