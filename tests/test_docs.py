@@ -166,9 +166,9 @@ async def test_the_shell_snippets_of_the_readme_do_what_it_says() -> None:
             unix, tcp = addresses
             assert unix == f"unix:{directory}/keyturn-run/keyturn.sock"
 
-            made = await shell(block_of("psql"), directory)
-            assert "INSERT 0 1" in made
-            assert "5000000" in made
+            made = await shell(block_of("export KEYTURN_ADDRESS"), directory)
+            assert "Made." in made
+            assert "Granted $5.00." in made
 
             decision = json.loads(await shell(decide.replace("127.0.0.1:50051", tcp), directory))
             assert_alike(decided, decision)
@@ -195,7 +195,7 @@ def test_grpcurl_is_told_what_buf_is_told() -> None:
 def test_every_shell_snippet_of_the_readme_is_run_or_compared() -> None:
     commands = [re.split(r"[ =]", block)[0] for block in BY_SHELL]
     # `make demo` runs in tests/test_demo.py; `make test` runs this.
-    assert commands == ["make", "export", "psql", "buf", "grpcurl", "buf"]
+    assert commands == ["make", "export", "export", "buf", "grpcurl", "buf"]
 
 
 def test_the_make_targets_in_the_documents_exist() -> None:
