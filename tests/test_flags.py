@@ -14,6 +14,7 @@ import pytest
 
 from keyturn.v1 import flag_service_pb2 as pb
 from keyturn.v1 import policy_pb2 as policy
+from keyturn.v1 import report_service_pb2 as report_pb
 from keyturn_server.routing.model import Flags, Mode, flags_of
 from tests.factories import Connection, Factory
 from tests.refusals import Refusal, contents, refused
@@ -208,6 +209,8 @@ AT_RISK: list[tuple[str, list[dict[str, Any]], bool]] = [
     ("premium", [{"is_valid": False}], True),
     ("premium", [{"is_valid": False}, {"provider": "groq"}], False),
     ("premium", [{"is_valid": False}, {"is_active": False}], True),
+    # Under a master key that this sidecar does not have.
+    ("premium", [{"encrypted_key": "v1.0123456789abcdef.AAAA"}], True),
     # It will be usable again by itself.
     ("premium", [{"cooldown_until": datetime(2099, 1, 1, tzinfo=UTC)}], False),
     # Not eligible: BYOK_ONLY denies them, but a key would not help.
@@ -260,7 +263,7 @@ async def test_each_user_counts_as_the_policy_says(sidecar: Sidecar, make: Facto
 
 
 @pytest.mark.parametrize(
-    ("min_tier", "locked_out"), [("free", 2), ("lifetime", 1), ("no such tier", 0), (None, 1)]
+    ("min_tier", "locked_out"), [("free", 2), ("lifetime", 1), ("no such tier", 3), (None, 1)]
 )
 async def test_who_is_eligible_depends_on_min_tier(
     sidecar: Sidecar, make: Factory, sql: Connection, min_tier: str | None, locked_out: int
@@ -287,6 +290,35 @@ async def test_a_lockout_is_no_news_in_the_mode_that_has_it_and_no_matter_in_ano
     answer = await sidecar.call("SetFlags", set_flags({ONLY: True, CREDITS: True}))
     assert (answer.mode, answer.locked_out_users) == (policy.MODE_BYOK_ONLY, 1)
     assert on_off(answer)[CREDITS]
+
+
+async def test_a_key_that_no_request_can_use_saves_nobody_from_the_lockout(
+    start_sidecar: Callable[..., Any], make: Factory, sql: Connection
+) -> None:
+    await make.key(await make.user())
+    without_a_master_key = await start_sidecar(encryption_key=None)
+    (await refused(without_a_master_key, "SetFlags", set_flags({ONLY: True}))).check(
+        grpc.StatusCode.FAILED_PRECONDITION, "LOCKOUT_NOT_ACKNOWLEDGED"
+    )
+    await sql.execute("UPDATE api_providers SET is_enabled = false WHERE id = 'openai'")
+    sidecar = await start_sidecar()
+    (await refused(sidecar, "SetFlags", set_flags({ONLY: True}))).check(
+        grpc.StatusCode.FAILED_PRECONDITION, "LOCKOUT_NOT_ACKNOWLEDGED"
+    )
+    listed = await sidecar.call("ListUsersWithoutKeys", report_pb.ListUsersWithoutKeysRequest())
+    assert (listed.total_count, listed.without_active_key_count) == (1, 0)
+    assert listed.users[0].reason == policy.DENIAL_REASON_KEY_UNUSABLE
+    await sql.execute("UPDATE api_providers SET is_enabled = true")
+    assert (await sidecar.call("SetFlags", set_flags({ONLY: True}))).locked_out_users == 0
+
+
+async def test_a_simulation_tells_of_those_who_made_no_request_too(sidecar: Sidecar, make: Factory) -> None:
+    await make.user()
+    await make.user("free")
+    answer = await sidecar.call("SimulateFlags", pb.SimulateFlagsRequest(flags={ONLY: True}))
+    assert (answer.denied_count, answer.locked_out_users) == (0, 1)
+    answer = await sidecar.call("SimulateFlags", pb.SimulateFlagsRequest(flags={CREDITS: True}))
+    assert answer.locked_out_users == 0
 
 
 async def test_nobody_locked_out_needs_no_acknowledgement(sidecar: Sidecar, make: Factory) -> None:

@@ -720,6 +720,7 @@ async def test_simulations_are_kept_in_bounds() -> None:
             end=now,
             moves=(),
             skipped_requests=0,
+            locked_out_users=0,
             denials=packed,
         )
 

@@ -177,7 +177,7 @@ def settings(
     )
     balance = Balance(balance_micros=funds[0], held_micros=funds[1])
     profile = Profile(user_id="u", tier=tier, keys=keys)
-    return settings_of(configuration, profile, balance, keyring=keyring, now=NOW)
+    return settings_of(configuration, profile, balance, keyring=keyring, hold_micros=1, now=NOW)
 
 
 def test_the_page_shows_what_the_table_says_in_every_combination() -> None:
@@ -266,7 +266,7 @@ async def test_the_page_without_a_master_key_asks_for_an_operator(
 ) -> None:
     await make.flags(byok_only_mode=True)
     sidecar: Sidecar = await start_sidecar(encryption_key=None)
-    user = await make.user(micros=5)
+    user = await make.user(micros=50_000)
     await make.key(user)
     await make.key(user, "anthropic")
     shown = await sidecar.call("GetUserSettings", pb.GetUserSettingsRequest(user_id=user))
@@ -277,10 +277,13 @@ async def test_the_page_without_a_master_key_asks_for_an_operator(
 
 
 async def test_credits_that_are_held_are_none_to_the_page(sidecar: Sidecar, make: Factory) -> None:
-    user = await make.user(micros=10)
+    user = await make.user(micros=50_000)
     ask = pb.GetUserSettingsRequest(user_id=user)
     assert (await sidecar.call("GetUserSettings", ask)).has_credits
-    await sidecar.decide(user, cost_micros=10)
-    assert not (await sidecar.call("GetUserSettings", ask)).has_credits
+    # One micro less than a request without an estimate takes: it would be denied.
+    await sidecar.decide(user, cost_micros=1)
+    shown = await sidecar.call("GetUserSettings", ask)
+    assert (shown.has_credits, shown.state) == (False, pb.PAYMENT_STATE_ACTION_REQUIRED)
+    assert (await sidecar.decide(user)).HasField("denial")
     await make.grant(user, 1)
     assert (await sidecar.call("GetUserSettings", ask)).has_credits

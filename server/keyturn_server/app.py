@@ -481,6 +481,11 @@ class _Parts:
     metrics: Metrics
     log: Any
 
+    @property
+    def master_key_ids(self) -> tuple[str, ...]:
+        """Those of the master keys that stored keys may rest under."""
+        return () if self.keyring is None else self.keyring.ids
+
 
 def _now() -> datetime:
     return datetime.now(UTC)
@@ -494,6 +499,7 @@ def _user_service(parts: _Parts) -> UserService:
             profiles=parts.profiles,
             balances=parts.ledger,
             keyring=parts.keyring,
+            default_hold_micros=parts.settings.default_hold_micros,
             clock=_now,
         ),
         changes=parts.audit,
@@ -511,7 +517,11 @@ def _credit_service(parts: _Parts) -> CreditService:
 
 
 def _report_service(parts: _Parts) -> ReportService:
-    return ReportService(reports=Reports(parts.database), pages=Pages(parts.sealer), clock=_now)
+    return ReportService(
+        reports=Reports(parts.database, master_key_ids=parts.master_key_ids),
+        pages=Pages(parts.sealer),
+        clock=_now,
+    )
 
 
 def _routing_service(parts: _Parts) -> RoutingService:
@@ -589,7 +599,7 @@ def _key_service(parts: _Parts) -> KeyService:
 
 
 def _flag_service(parts: _Parts) -> FlagService:
-    table = FlagTable(parts.database)
+    table = FlagTable(parts.database, master_key_ids=parts.master_key_ids)
 
     async def changed() -> None:
         await parts.configurations.cache.expire(_EVERYTHING)

@@ -55,14 +55,14 @@ class UsageSplit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserWithoutKeys:
-    """An eligible user without a key that is active and not refused."""
+    """An eligible user without a key that can be used."""
 
     user_id: str
     email: str
     """Empty where nobody said."""
     tier: str
     has_active_key: bool
-    """True where there are active keys, all refused by their providers."""
+    """True where there are active keys, of which none can be used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

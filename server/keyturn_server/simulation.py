@@ -66,6 +66,7 @@ class Facts(NamedTuple):
     """What decides about a request of a user to a provider, besides the flags."""
 
     tier: str
+    """Empty for every tier that nobody described."""
     has_credits: bool
     """Whether what is available covers the default hold."""
     keys: frozenset[KeyCondition]
@@ -132,6 +133,7 @@ class Reading(Protocol):
     def now(self) -> datetime: ...
     async def configuration(self) -> Configuration: ...
     async def facts(self, window: Window) -> PresentFacts: ...
+    async def locked_out_users(self, window: Window, min_tier: str) -> int: ...
     async def moves(self, window: Window, verdicts: Verdicts, limit: int) -> tuple[list[Move], int]: ...
     def denied(self, window: Window, verdicts: Verdicts, size: int) -> AsyncIterator[list[DeniedUser]]: ...
 
@@ -179,6 +181,8 @@ class Simulation:
     moves: Sequence[Move]
     skipped_requests: int
     """Of users who no longer exist."""
+    locked_out_users: int
+    """Whom BYOK_ONLY locks out, whether they made requests or not; 0 under another mode."""
     denials: PackedDenials
 
 
@@ -368,6 +372,11 @@ class Simulator:
                     ("window", f"It makes more than {MOST_MOVES} moves, too many for one answer: shorten it.")
                 )
             moves.sort(key=_order_of)
+            locked_out_users = (
+                await reading.locked_out_users(window, proposed.min_tier)
+                if proposed.mode is Mode.BYOK_ONLY
+                else 0
+            )
             denials = PackedDenials(
                 after=None if ask.after is None else (ask.after.user_id, ask.after.provider),
                 most_bytes=self._most_kept_bytes,
@@ -382,6 +391,7 @@ class Simulator:
             end=window.end,
             moves=moves,
             skipped_requests=skipped_requests,
+            locked_out_users=locked_out_users,
             denials=denials,
         )
 

@@ -59,9 +59,9 @@ _MESSAGES: dict[Reason | DenialReason, str] = {
     DenialReason.BYOK_REQUIRED: "Add a key of your own: credits do not pay for requests.",
     DenialReason.KEY_UNUSABLE: "None of your keys can be used right now: test or replace them.",
     DenialReason.TIER_NOT_ELIGIBLE: "Only own keys pay for requests, and they need a higher tier: upgrade.",
-    DenialReason.INSUFFICIENT_CREDITS: "You have no credits left: buy some.",
+    DenialReason.INSUFFICIENT_CREDITS: "You have not enough credits left: buy some.",
     DenialReason.NO_KEY_AND_NO_CREDITS: (
-        "You have no key that can be used and no credits left: add a key or buy credits."
+        "You have no key that can be used and not enough credits left: add a key or buy credits."
     ),
     DenialReason.ENCRYPTION_NOT_CONFIGURED: (
         "Own keys cannot be used until an operator of this service has set it up for them."
@@ -75,12 +75,13 @@ def settings_of(
     balance: Balance,
     *,
     keyring: Keyring | None,
+    hold_micros: int,
     now: datetime,
 ) -> UserSettings:
     """What the page shows. Pure.
 
     Keys for providers that are switched off do not count; those that do not open count as unusable.
-    Credits count when there are any that no open hold takes up.
+    Credits count when what no open hold takes up covers a request of `hold_micros`.
     """
     keys = tuple(key for key in profile.keys if _is_offered(configuration, key.provider))
     world = World(
@@ -99,7 +100,7 @@ def settings_of(
         ),
         encryption_configured=keyring is not None,
     )
-    has_credits = balance.available_micros > 0
+    has_credits = balance.available_micros >= max(hold_micros, 1)
     plan = choose_route(world, now=now)
     verdict = conclude(plan, Credits.HELD if has_credits else Credits.INSUFFICIENT)
     return UserSettings(
@@ -152,12 +153,14 @@ class SettingsPage:
         profiles: Profiles,
         balances: Balances,
         keyring: Keyring | None,
+        default_hold_micros: int,
         clock: Callable[[], datetime],
     ) -> None:
         self._configurations = configurations
         self._profiles = profiles
         self._balances = balances
         self._keyring = keyring
+        self._default_hold_micros = default_hold_micros
         self._clock = clock
 
     async def of(self, user_id: str) -> UserSettings:
@@ -167,5 +170,6 @@ class SettingsPage:
             await self._profiles.get(user_id),
             await self._balances.balance(user_id),
             keyring=self._keyring,
+            hold_micros=self._default_hold_micros,
             now=self._clock(),
         )

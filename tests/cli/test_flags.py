@@ -121,7 +121,7 @@ async def test_what_flags_would_do_is_simulated_and_nothing_is_changed(
         told(sidecar, "flags", "simulate"),
         told(sidecar, "flags", "simulate", "--mode", "byok-only", "--daily"),
     )
-    head, totals, moves, denied, who = by_mode.split("\n\n")
+    head, totals, moves, locked_out, denied, who = by_mode.split("\n\n")
     assert head.startswith("Now BYOK_FIRST, proposed BYOK_ONLY; requests from 2")
     assert ["credits", "denied", "2", "0", "$0.20"] in rows_of(totals)
     assert ["own key", "own key", "1", "0", "$0.10"] in rows_of(totals)
@@ -129,6 +129,7 @@ async def test_what_flags_would_do_is_simulated_and_nothing_is_changed(
         ["PROVIDER", "TIER", "NOW", "PROPOSED", "REQUESTS", "TOKENS", "COST"],
         ["openai", "premium", "credits", "denied", "2", "0", "$0.20"],
     ]
+    assert locked_out.startswith("Locked out, with requests or without: 1 eligible")
     assert denied == "Would be denied: 1 (users by provider)"
     assert rows_of(who)[1][0] == credited
     assert rows_of(who)[1][-2:] == ["BYOK_REQUIRED", "2"]

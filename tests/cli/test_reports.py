@@ -105,7 +105,7 @@ async def test_users_at_risk_are_counted_and_listed_with_their_email(
     said = await told(sidecar, "reports", "at-risk")
     head, rows = said.split("\n\n")
     assert head.startswith(
-        "BYOK_ONLY would lock out 2 eligible users: 1 without an active key, 1 with refused"
+        "BYOK_ONLY would lock out 2 eligible users: 1 without an active key, 1 whose keys cannot"
     )
     assert rows_of(rows)[1] == [keyless, email, "premium", "BYOK_REQUIRED"]
     assert rows_of(rows)[2][0] == refused

@@ -457,6 +457,24 @@ async def test_the_key_is_struck_out_of_its_words(
     assert len(checked.message) < 400
 
 
+DISGUISES: dict[str, Callable[[str], str]] = {
+    "spaced out": lambda key: " ".join(key),
+    "in groups": lambda key: " / ".join(key[start : start + 4] for start in range(0, len(key), 4)),
+    "percent-encoded": lambda key: "".join(f"%{ord(character):02x}" for character in key),
+    "backwards": lambda key: key[::-1],
+    "backwards and spaced out": lambda key: "-".join(key[::-1]),
+}
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+@pytest.mark.parametrize("secret", [KEY, "0a1b2c3d" * 4, "correct.horse-battery"])
+async def test_words_that_hide_the_key_are_not_kept(
+    server: Providers, openai: Provider, checks: ProviderChecks, name: str, secret: str
+) -> None:
+    server.will(play.answer(401, {"error": {"message": f"Not {DISGUISES[name](secret)}!"}}), secret)
+    assert (await checks.check(openai, Secret(secret))).message == f"{REFUSED} (401)."
+
+
 async def test_another_secret_is_struck_out_too(
     server: Providers, openai: Provider, checks: ProviderChecks
 ) -> None:

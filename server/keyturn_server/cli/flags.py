@@ -213,6 +213,11 @@ def _simulation(answer: pb.SimulateFlagsResponse, *, daily: bool) -> str:
         parts.append(_moves(headings, moved, lambda move: (move.provider, move.tier, *_paths(move))))
     elif answer.moves:
         parts.append("Nothing moves.")
+    if answer.locked_out_users:
+        parts.append(
+            f"Locked out, with requests or without: {answer.locked_out_users:,} eligible users without a "
+            "usable key. Who they are: keyturn reports at-risk"
+        )
     if answer.skipped_requests:
         parts.append(f"Left out: {answer.skipped_requests:,} requests of users who no longer exist.")
     parts.append(f"Would be denied: {answer.denied_count:,} (users by provider)")

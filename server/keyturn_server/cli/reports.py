@@ -139,7 +139,7 @@ def _at_risk(answer: pb.ListUsersWithoutKeysResponse) -> str:
     refused = answer.total_count - answer.without_active_key_count
     head = (
         f"BYOK_ONLY would lock out {counted(answer.total_count, 'eligible user')}: "
-        f"{answer.without_active_key_count:,} without an active key, {refused:,} with refused keys only."
+        f"{answer.without_active_key_count:,} without an active key, {refused:,} whose keys cannot be used."
     )
     rows = table(
         ("user", "email", "tier", "reason"),

@@ -16,6 +16,7 @@ from datetime import timedelta
 from enum import Enum
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final, Protocol
+from urllib.parse import unquote
 
 import httpx
 
@@ -31,6 +32,8 @@ _MOST_NESTED: Final = 4
 # How long a run is that is struck out. Four characters are shown to the key's owner anyway, and no more
 # than a quarter of a short key.
 _SHORTEST_PART: Final = 5
+# Of letters and digits alone, from anywhere in a text: shorter ones stand there by chance.
+_SHORTEST_DISGUISED: Final = 8
 
 _SENDABLE: Final = re.compile(r"[\x21-\x7e]+")
 _HEADER: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\x20-\x7e]*")
@@ -225,8 +228,31 @@ def _said(text: str) -> str:
 def _without_secrets(text: str, secret: Secret) -> str:
     """One line of `text`, without the key, any part of it, and anything else that looks like a secret."""
     struck = _strike_parts(text[:_MOST_CLEANED], secret.reveal())
+    if _is_disguised_in(struck, secret.reveal()):
+        return ""
     line = " ".join(_MASKED.sub(STRUCK, scrub(_printable(struck))).split())
     return line if len(line) <= _MOST_SAID else f"{line[:_MOST_SAID].rstrip()}…"
+
+
+def _is_disguised_in(text: str, secret: str) -> bool:
+    """Whether a part of the key stands there spaced out, in groups, percent-encoded or backwards: as nobody
+    quotes a key who does not mean to slip it through."""
+    letters = _letters(secret)
+    size = min(_SHORTEST_DISGUISED, len(letters))
+    if not size:
+        return False
+    parts = {
+        run[start : start + size] for run in (letters, letters[::-1]) for start in range(len(run) - size + 1)
+    }
+    return any(
+        form[start : start + size] in parts
+        for form in (_letters(text), _letters(unquote(text)))
+        for start in range(len(form) - size + 1)
+    )
+
+
+def _letters(text: str) -> str:
+    return "".join(character for character in text.lower() if character.isalnum())
 
 
 def _printable(text: str) -> str:

@@ -301,4 +301,5 @@ def _simulation(page: SimulationPage) -> flag_service_pb2.SimulateFlagsResponse:
         start_time=timestamp(simulation.start),
         end_time=timestamp(simulation.end),
         skipped_requests=simulation.skipped_requests,
+        locked_out_users=simulation.locked_out_users,
     )

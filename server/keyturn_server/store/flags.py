@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from keyturn_server.flags import Flag, PastChange
 from keyturn_server.routing.model import FLAG_KEYS, Flags
+from keyturn_server.store.people import LEGACY, usable_keys_of
 
 if TYPE_CHECKING:
     import asyncpg
@@ -29,14 +30,16 @@ INSERT INTO feature_flags (key, is_enabled, name, description, is_premium, min_t
 VALUES ($1, $2, $3, $4, $5, $6, $7)
 ON CONFLICT (key) DO UPDATE SET is_enabled = excluded.is_enabled
 """
-# Eligible as the policy has it: of a tier that is known and not below the lowest one, which is known too.
-_COUNT_LOCKED_OUT = """
+# Eligible as the policy has it: of a tier that is known and not below the lowest one. Where that one is not
+# known nobody may bring keys, and everybody is locked out. $2: the master keys that there are.
+_COUNT_LOCKED_OUT = f"""
 SELECT count(*)
   FROM users u
-  JOIN subscription_tiers t ON t.name = u.subscription_tier
-  JOIN subscription_tiers m ON m.name = $1 AND t.rank >= m.rank
- WHERE NOT EXISTS (SELECT FROM user_api_keys k WHERE k.user_id = u.id AND k.is_active AND k.is_valid)
-"""
+  LEFT JOIN subscription_tiers t ON t.name = u.subscription_tier
+  LEFT JOIN subscription_tiers m ON m.name = $1
+ WHERE m.name IS NULL
+    OR t.rank >= m.rank AND NOT EXISTS ({usable_keys_of("u.id", master_key_ids="$2")})
+"""  # noqa: S608 - of constants
 _ANNOUNCE = "SELECT pg_notify('keyturn', 'configuration')"
 _CHANGES = """
 SELECT id, key, (old_value ->> 'is_enabled')::boolean AS old_enabled,
@@ -71,8 +74,9 @@ _ROWS = {
 class FlagTable:
     """The table `feature_flags`. Every method raises `StoreUnavailable`."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, master_key_ids: Sequence[str]) -> None:
         self._database = database
+        self._master_key_ids = master_key_ids
 
     async def read(self) -> list[Flag]:
         """The three flags, those without a row by their defaults."""
@@ -86,7 +90,7 @@ class FlagTable:
             await connection.execute(_WAIT)
             await connection.execute(_LOCK)
             await connection.fetch(_SIGN, actor, reason)
-            yield LockedFlagTable(connection)
+            yield LockedFlagTable(connection, self._master_key_ids)
 
     async def announce(self) -> None:
         """Tells every sidecar that listens to read the configuration again."""
@@ -101,8 +105,9 @@ class FlagTable:
 class LockedFlagTable:
     """The flags within a transaction that has them locked."""
 
-    def __init__(self, connection: PoolConnection) -> None:
+    def __init__(self, connection: PoolConnection, master_key_ids: Sequence[str]) -> None:
         self._connection = connection
+        self._master_key_ids = master_key_ids
 
     async def read(self) -> list[Flag]:
         """The three flags as they are now, and stay until the end but for `write`."""
@@ -114,9 +119,14 @@ class LockedFlagTable:
             await self._connection.execute(_WRITE, key, is_enabled, *_ROWS[key])
 
     async def count_locked_out(self, min_tier: str) -> int:
-        """How many users whose tier may bring keys have none that is active and valid."""
-        count: int = await self._connection.fetchval(_COUNT_LOCKED_OUT, min_tier)
-        return count
+        """How many users whose tier may bring keys have none to use; all, if no tier may."""
+        return await count_locked_out(self._connection, min_tier, self._master_key_ids)
+
+
+async def count_locked_out(connection: PoolConnection, min_tier: str, master_key_ids: Sequence[str]) -> int:
+    """How many users BYOK_ONLY would lock out although their tier may bring keys; all, if no tier may."""
+    count: int = await connection.fetchval(_COUNT_LOCKED_OUT, min_tier, [LEGACY, *master_key_ids])
+    return count
 
 
 def _flags(rows: list[asyncpg.Record]) -> list[Flag]:

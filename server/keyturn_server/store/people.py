@@ -40,6 +40,19 @@ SELECT u.id, coalesce(u.email, '') AS email, u.subscription_tier AS tier, t.name
 LEGACY = "legacy"
 """What stands for the master key of ciphertexts that do not name one."""
 
+
+def usable_keys_of(user_id: str, *, master_key_ids: str) -> str:
+    """A query for the keys of a user that can be used, cooling down ones among them: for EXISTS.
+
+    Both arguments are SQL. Keys are not opened: one under a master key that there is counts as usable,
+    and so does one that names none, which `LEGACY` stands for.
+    """
+    return f"""
+SELECT FROM user_api_keys k JOIN api_providers o ON o.id = k.provider AND o.is_enabled
+ WHERE k.user_id = {user_id} AND k.is_active AND k.is_valid
+   AND keyturn_master_key_id(k.encrypted_key) = ANY ({master_key_ids}::text[])"""
+
+
 # Hops over the index from one id to the next: as many steps as there are ids, not as there are keys.
 _MASTER_KEY_IDS = """
 WITH RECURSIVE ids AS (

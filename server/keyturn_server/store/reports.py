@@ -7,7 +7,7 @@ a time: the connections of the pool are there for decisions.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from decimal import Decimal
@@ -26,6 +26,7 @@ from keyturn_server.reports import (
 )
 from keyturn_server.routing.model import World
 from keyturn_server.routing.policy import is_eligible
+from keyturn_server.store.people import LEGACY, usable_keys_of
 from keyturn_server.store.settings import load_configuration
 
 if TYPE_CHECKING:
@@ -71,22 +72,23 @@ SELECT used.day, CASE WHEN largest.name IS NULL THEN $5 ELSE used.name END AS na
  GROUP BY 1, 2
 """
 
-_WITHOUT_KEYS = """
+# $1: the tiers that may bring keys; $2: the master keys that there are.
+_WITHOUT_KEYS = f"""
 SELECT u.id AS user_id, coalesce(u.email, '') AS email, u.subscription_tier AS tier,
        EXISTS (SELECT FROM user_api_keys k WHERE k.user_id = u.id AND k.is_active) AS has_active_key
   FROM users u
- WHERE u.subscription_tier = ANY ($1) AND ($2::text IS NULL OR u.id > $2)
-   AND NOT EXISTS (SELECT FROM user_api_keys k WHERE k.user_id = u.id AND k.is_active AND k.is_valid)
+ WHERE u.subscription_tier = ANY ($1) AND ($3::text IS NULL OR u.id > $3)
+   AND NOT EXISTS ({usable_keys_of("u.id", master_key_ids="$2")})
  ORDER BY u.id
- LIMIT $3
-"""
-_COUNT_WITHOUT_KEYS = """
-SELECT count(*) AS total, count(*) FILTER (WHERE k.user_id IS NULL) AS without_active_key
+ LIMIT $4
+"""  # noqa: S608 - of constants
+_COUNT_WITHOUT_KEYS = f"""
+SELECT count(*) AS total,
+       count(*) FILTER (WHERE NOT EXISTS (
+           SELECT FROM user_api_keys k WHERE k.user_id = u.id AND k.is_active)) AS without_active_key
   FROM users u
-  LEFT JOIN (SELECT user_id, bool_or(is_valid) AS is_valid
-               FROM user_api_keys WHERE is_active GROUP BY user_id) k ON k.user_id = u.id
- WHERE u.subscription_tier = ANY ($1) AND k.is_valid IS NOT TRUE
-"""
+ WHERE u.subscription_tier = ANY ($1) AND NOT EXISTS ({usable_keys_of("u.id", master_key_ids="$2")})
+"""  # noqa: S608 - of constants
 _ADOPTION = """
 SELECT u.subscription_tier AS tier, count(*) AS users, count(k.user_id) AS users_with_keys
   FROM users u
@@ -101,8 +103,9 @@ class Reports:
     Eligibility is that of the policy, under the flags and tiers in the database at that moment.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, master_key_ids: Sequence[str]) -> None:
         self._database = database
+        self._master_key_ids = [LEGACY, *master_key_ids]
         self._one_at_a_time = asyncio.Lock()
 
     async def usage_split(self, start: datetime, end: datetime, grouping: Grouping) -> UsageSplit:
@@ -138,8 +141,9 @@ class Reports:
         tiers = _eligible_tiers(await load_configuration(self._database))
         async with self._report() as connection:
             timeout = _TIMEOUT.total_seconds()
-            rows = await connection.fetch(_WITHOUT_KEYS, tiers, after, size + 1, timeout=timeout)
-            count = await connection.fetchrow(_COUNT_WITHOUT_KEYS, tiers, timeout=timeout)
+            about = (tiers, self._master_key_ids)
+            rows = await connection.fetch(_WITHOUT_KEYS, *about, after, size + 1, timeout=timeout)
+            count = await connection.fetchrow(_COUNT_WITHOUT_KEYS, *about, timeout=timeout)
         return UsersWithoutKeys(
             users=[UserWithoutKeys(**row) for row in rows[:size]],
             has_more=len(rows) > size,

@@ -17,6 +17,7 @@ from keyturn_server.simulation import (
     Verdicts,
     Window,
 )
+from keyturn_server.store.flags import count_locked_out
 from keyturn_server.store.people import LEGACY
 from keyturn_server.store.settings import read_configuration
 
@@ -38,11 +39,14 @@ SET LOCAL enable_mergejoin = off;
 SET LOCAL enable_sort = off
 """
 
-# $1: what a user with credits has available at least.
+# $1: what a user with credits has available at least. Tiers that nobody described decide alike: as one, or a
+# product that writes what it likes there would make as many combinations of facts.
 _PEOPLE = """
-SELECT u.id, u.email, u.subscription_tier AS tier,
+SELECT u.id, u.email, u.subscription_tier AS tier, coalesce(t.name, '') AS known_tier,
        coalesce(a.balance_micros - a.held_micros, 0) >= $1 AS has_credits
-  FROM users u LEFT JOIN credit_accounts a ON a.user_id = u.id
+  FROM users u
+  LEFT JOIN subscription_tiers t ON t.name = u.subscription_tier
+  LEFT JOIN credit_accounts a ON a.user_id = u.id
 """
 # The conditions that a user's keys for a provider are in, as a set: bit n is the condition n, whose own
 # four bits are the fields of `KeyCondition`, the first one lowest. $2: the time; $3: the ids of the
@@ -55,7 +59,7 @@ SELECT user_id, provider,
   FROM user_api_keys GROUP BY user_id, provider
 """
 _FACTS = f"""
-SELECT DISTINCT tier, has_credits, NULL::int AS conditions FROM ({_PEOPLE}) people
+SELECT DISTINCT known_tier AS tier, has_credits, NULL::int AS conditions FROM ({_PEOPLE}) people
  UNION ALL
 SELECT DISTINCT NULL, NULL::boolean, conditions FROM ({_KEYS}) keys
 """  # noqa: S608 - of constants
@@ -80,7 +84,7 @@ verdicts AS (
 _DECIDED = """
   LEFT JOIN people p ON p.id = r.user_id
   LEFT JOIN keys k ON k.user_id = r.user_id AND k.provider = r.provider
-  LEFT JOIN verdicts v ON v.tier = p.tier AND v.has_credits = p.has_credits
+  LEFT JOIN verdicts v ON v.tier = p.known_tier AND v.has_credits = p.has_credits
                       AND v.conditions = coalesce(k.conditions, 0)
                       AND v.is_enabled = (r.provider = ANY ($5::text[]))
 """
@@ -148,6 +152,10 @@ class RequestReading:
                 *(_conditions(row["conditions"]) for row in rows if row["conditions"] is not None),
             ],
         )
+
+    async def locked_out_users(self, window: Window, min_tier: str) -> int:
+        """Whom BYOK_ONLY would lock out, whether they made requests or not."""
+        return await count_locked_out(self._connection, min_tier, window.master_key_ids)
 
     async def moves(self, window: Window, verdicts: Verdicts, limit: int) -> tuple[list[Move], int]:
         """Up to `limit` moves, in no order, and how many requests are of users who no longer exist."""
