@@ -9,6 +9,7 @@ from typing import NamedTuple
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
@@ -32,10 +33,12 @@ class Authority:
             .sign(self._key, hashes.SHA256())
         )
 
-    def server(self) -> Identity:
-        """For a sidecar on this machine."""
+    def server(
+        self, *, key: CertificateIssuerPrivateKeyTypes | None = None, valid_from: datetime | None = None
+    ) -> Identity:
+        """For a sidecar on this machine; valid for two days."""
         address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        return self._sign("sidecar", [x509.DNSName("localhost"), address])
+        return self._sign("sidecar", [x509.DNSName("localhost"), address], key=key, valid_from=valid_from)
 
     def caller(self, *names: str, common_name: str = "caller", email: str = "") -> Identity:
         """With those SPIFFE IDs (or other URIs) and DNS names."""
@@ -44,9 +47,16 @@ class Authority:
         ]
         return self._sign(common_name, [*sans, *([x509.RFC822Name(email)] if email else [])])
 
-    def _sign(self, name: str, sans: list[x509.GeneralName]) -> Identity:
-        key = ec.generate_private_key(ec.SECP256R1())
-        builder = _builder(_common_name(name), self._name, key)
+    def _sign(
+        self,
+        name: str,
+        sans: list[x509.GeneralName],
+        *,
+        key: CertificateIssuerPrivateKeyTypes | None = None,
+        valid_from: datetime | None = None,
+    ) -> Identity:
+        key = key or ec.generate_private_key(ec.SECP256R1())
+        builder = _builder(_common_name(name), self._name, key, valid_from=valid_from)
         if sans:
             builder = builder.add_extension(x509.SubjectAlternativeName(sans), critical=False)
         form = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -63,17 +73,21 @@ def _common_name(name: str) -> x509.Name:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: CertificateIssuerPrivateKeyTypes,
+    *,
+    valid_from: datetime | None = None,
 ) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
+    start = valid_from or datetime.now(UTC) - timedelta(days=1)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
+        .not_valid_before(start)
+        .not_valid_after(start + timedelta(days=2))
     )
 
 

@@ -20,8 +20,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import keyturn.v1
 from keyturn.v1 import routing_service_pb2 as pb
 from keyturn_server.access import ALL_ROLES, Role
-from keyturn_server.access_file import digest_of
+from keyturn_server.access_file import Callers, digest_of, parse_callers
 from keyturn_server.rpc.access import ACTOR
+from keyturn_server.watched import File
 from tests.certificates import Authority, Identity
 from tests.cli.command import free_port
 from tests.factories import Factory
@@ -571,17 +572,21 @@ async def test_the_access_file_is_read_again_without_a_failed_call(
             assert await code_as(channel, "kta_goes") is stranger
 
             # Broken, open to others, gone: the last good one stays, and the log says why.
-            for spoil, reason in (
+            spoiled: tuple[tuple[Callable[[], object], str], ...] = (
                 (lambda: write(path, stays + goes.replace("gateway", "king")), "callers[2] (goes).roles"),
                 (lambda: write(path, stays + "[[call"), "is not TOML"),
                 (lambda: write(path, ""), "at least one [[callers]]"),
+                (lambda: write(path, stays + f"x = {'7' * 5000}"), "too long or too deep"),
+                (lambda: write(path, stays + "x = " + "[" * 50_000), "too long or too deep"),
                 (lambda: path.chmod(0o666), "others can write it"),
                 (lambda: path.unlink(), "cannot be read"),
-            ):
+            )
+            for number, (spoil, reason) in enumerate(spoiled, 1):
                 spoil()
 
-                async def is_told(reason: str = reason) -> bool:
-                    return any(reason in each.get("reason", "") for each in events(sidecar))
+                async def is_told(number: int = number, reason: str = reason) -> bool:
+                    told = [each["reason"] for each in events(sidecar) if each["event"] == "reload_failed"]
+                    return len(told) == number and reason in told[-1]
 
                 await eventually(is_told)
                 assert await code_as(channel, "kta_comes") is ok
@@ -602,8 +607,29 @@ async def test_the_access_file_is_read_again_without_a_failed_call(
     assert len(codes) > 10
     assert set(codes) == {ok}
     failed = [each for each in events(sidecar) if each["event"] == "reload_failed"]
-    assert len(failed) == 5, "each cause is told once"
+    assert len(failed) == 7, "each cause is told once"
     assert "kta_" not in sidecar.log.getvalue()
+
+
+async def test_a_reload_that_fails_unforeseen_leaves_the_last_good_file_in_force(
+    start_sidecar: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parse(file: File) -> Callers:
+        if b"unforeseen" in file.contents:
+            raise LookupError("kta_quoted")
+        return parse_callers(file)
+
+    monkeypatch.setattr("keyturn_server.app.parse_callers", parse)
+    async with files() as directory:
+        path = write(directory / "access.toml", entry("web", ALL_ROLES, tokens=["kta_web"]))
+        sidecar = await start_sidecar(access_file=path)
+        write(path, "unforeseen")
+        (failed,) = await told(sidecar, "reload_failed")
+        assert failed["reason"] == "LookupError, which is unexpected"
+        assert "kta_quoted" not in sidecar.log.getvalue()
+        assert await code_as(sidecar.channel, "kta_web") is grpc.StatusCode.OK
+        write(path, entry("web", ALL_ROLES, tokens=["kta_next"]))
+        await becomes(sidecar.channel, "kta_next", grpc.StatusCode.OK)
 
 
 async def test_a_caller_keeps_its_place_in_the_table_by_all_its_tokens(

@@ -15,9 +15,9 @@ from tests.support import temporary_directory
 DIGEST = digest_of("kta_a-token").hex()
 
 
-def parse(text: str | bytes, *, mode: int = 0o600) -> Callers:
+def parse(text: str | bytes, *, mode: int = 0o600, owner: int = 0) -> Callers:
     contents = text if isinstance(text, bytes) else text.encode()
-    return parse_callers(File(path=Path("/etc/access.toml"), mode=mode, contents=contents))
+    return parse_callers(File(path=Path("/etc/access.toml"), mode=mode, owner=owner, contents=contents))
 
 
 def entry(**fields: str) -> str:
@@ -51,6 +51,8 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "no entries": ("callers = []", "callers: at least one"),
     "no table": ("callers = [1]", "callers[1]: has to be a table"),
     "no TOML": ("[[callers]\n", "is not TOML"),
+    "a number of 5000 digits": (f"x = {'7' * 5000}", "has a value that is too long or too deep"),
+    "lists in lists": ("x = " + "[" * 50_000, "has a value that is too long or too deep"),
     "no UTF-8": (b"\xff", "is not UTF-8"),
     "another key above": ("version = 1\n" + entry(), "'version' is not known here"),
     "another key": (entry(role='"gateway"'), "callers[1] (web): 'role' is not known here"),
@@ -148,6 +150,21 @@ def test_a_file_that_others_can_only_read_is_fine(mode: int) -> None:
     assert parse(entry(), mode=mode).by_token
 
 
+def test_a_file_is_taken_from_root_and_the_sidecars_own_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 10001)
+    assert parse(entry(), owner=0).by_token
+    assert parse(entry(), owner=10001).by_token
+    reason = r"is owned by another user, .*\. Run: chown 10001 /etc/access\.toml"
+    with pytest.raises(AccessFileError, match=reason):
+        parse(entry(), owner=10002)
+
+
+async def test_the_owner_of_a_file_is_seen() -> None:
+    async with temporary_directory() as directory:
+        (directory / "file").touch()
+        assert read_file(directory / "file").owner == (directory / "file").stat().st_uid
+
+
 def test_a_new_token_is_taken_with_its_entry_which_does_not_show_it() -> None:
     tokens = [new_token().reveal() for _ in range(50)]
     assert len(set(tokens)) == 50
@@ -190,6 +207,27 @@ async def test_a_change_of_size_and_time_zero_is_seen() -> None:
         os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
         assert watched.refresh()
         assert watched.value == b"two"
+        assert not watched.refresh()
+
+
+async def test_files_that_were_refused_are_taken_once_they_become_good() -> None:
+    def parsed(_: object) -> str:
+        if refusing:
+            raise AccessFileError("not yet")
+        return "taken"
+
+    refusing = False
+    async with temporary_directory() as directory:
+        path = directory / "file"
+        path.write_text("one")
+        watched = Watched([path], parsed)
+        refusing = True
+        path.write_text("two")
+        with pytest.raises(AccessFileError):
+            watched.refresh()
+        assert not watched.refresh()
+        refusing = False
+        assert watched.refresh()
         assert not watched.refresh()
 
 

@@ -6,11 +6,16 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from keyturn.v1 import routing_service_pb2 as pb
 from keyturn_server.tls import TlsError, watched_tls
@@ -196,3 +201,95 @@ async def test_files_that_do_not_fit_are_refused_by_their_names() -> None:
             with pytest.raises((TlsError, UnreadableFile)) as caught:
                 watched_tls(certificate, private_key, client_ca)
             assert reason in str(caught.value)
+
+
+async def test_a_pair_that_nobody_could_connect_with_leaves_the_old_one_in_force(
+    start_sidecar: Callable[..., Any],
+) -> None:
+    now = datetime.now(UTC)
+    # The last one is refused at first, and then its time comes.
+    soon = AUTHORITY.server(valid_from=now + timedelta(seconds=15))
+    cases = {
+        "expired at": AUTHORITY.server(valid_from=now - timedelta(days=3)),
+        "has to be RSA": AUTHORITY.server(key=ec.generate_private_key(ec.SECP256K1())),
+        "is not valid before": soon,
+    }
+    async with files() as directory:
+        sidecar = await start_sidecar(**mutual_tls(directory))
+        for reason, identity in cases.items():
+            write(directory / "key.pem", identity.key)
+            write(directory / "cert.pem", identity.certificate)
+
+            async def is_told(reason: str = reason) -> bool:
+                return any(reason in each.get("reason", "") for each in events(sidecar))
+
+            await eventually(is_told)
+            if identity is not soon:
+                assert await shown(sidecar.addresses[1], directory) == serial_of(SERVER.certificate)
+        await is_shown(sidecar.addresses[1], directory, soon)
+
+
+async def test_an_out_of_date_certificate_is_refused_at_the_start() -> None:
+    now = datetime.now(UTC)
+    async with files() as directory:
+        cert, key = directory / "cert.pem", directory / "key.pem"
+        for days, reason in ((-3, "the first certificate expired at 2"), (1, "is not valid before 2")):
+            identity = AUTHORITY.server(valid_from=now + timedelta(days=days))
+            write(cert, identity.certificate)
+            write(key, identity.key)
+            with pytest.raises(TlsError, match=f"{cert}: .*{reason}"):
+                watched_tls(cert, key, None)
+
+
+KEYS: dict[str, tuple[Callable[[], CertificateIssuerPrivateKeyTypes], bool]] = {
+    "P-256": (lambda: ec.generate_private_key(ec.SECP256R1()), True),
+    "P-384": (lambda: ec.generate_private_key(ec.SECP384R1()), True),
+    "P-521": (lambda: ec.generate_private_key(ec.SECP521R1()), False),
+    "secp256k1": (lambda: ec.generate_private_key(ec.SECP256K1()), False),
+    "Ed25519": (ed25519.Ed25519PrivateKey.generate, False),
+    "RSA 1024": (lambda: rsa.generate_private_key(65537, 1024), False),  # noqa: S505 - refused
+    "RSA 2048": (lambda: rsa.generate_private_key(65537, 2048), True),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+async def test_a_key_is_of_a_kind_that_grpc_gets_through_the_handshake(
+    start_sidecar: Callable[..., Any], kind: str
+) -> None:
+    make, fits = KEYS[kind]
+    identity = AUTHORITY.server(key=make())
+    async with files() as directory:
+        write(directory / "cert.pem", identity.certificate)
+        write(directory / "key.pem", identity.key)
+        if not fits:
+            with pytest.raises(
+                TlsError, match="has to be RSA of at least 2048 bits, or ECDSA on P-256 or P-384"
+            ):
+                watched_tls(directory / "cert.pem", directory / "key.pem", None)
+            return
+        sidecar = await start_sidecar(**mutual_tls(directory))
+        async with secure_channel(sidecar.addresses[1], CALLER) as channel:
+            assert (await ending(channel, FOREIGN[0], b"")).code is grpc.StatusCode.OK
+
+
+async def test_a_key_of_a_kind_that_nobody_knows_is_refused() -> None:
+    der = x509.load_pem_x509_certificate(SERVER.certificate).public_bytes(Encoding.DER)
+    curve = bytes.fromhex("06082a8648ce3d0301")
+    assert curve + b"\x07" in der
+    unknown = ssl.DER_cert_to_PEM_cert(der.replace(curve + b"\x07", curve + b"\x7f"))
+    async with files() as directory:
+        write(directory / "cert.pem", unknown)
+        with pytest.raises(TlsError, match="has to be RSA"):
+            watched_tls(directory / "cert.pem", directory / "key.pem", None)
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o602, 0o601, 0o644, 0o777])
+async def test_a_key_that_is_open_to_everybody_is_refused(mode: int) -> None:
+    async with files() as directory:
+        key = directory / "key.pem"
+        key.chmod(mode)
+        with pytest.raises(TlsError, match=f"Run: chmod o-rwx {key}"):
+            watched_tls(directory / "cert.pem", key, None)
+        for fine in (0o400, 0o600, 0o640, 0o440):
+            key.chmod(fine)
+            assert watched_tls(directory / "cert.pem", key, None) is not None

@@ -75,12 +75,20 @@ def parse_callers(file: File) -> Callers:
     """The callers of an access file. Raises `AccessFileError` with all that is wrong with it."""
     if file.mode & 0o022:
         raise AccessFileError(f"{file.path}: others can write it. Run: chmod go-w {file.path}")
+    if file.owner not in (0, os.geteuid()):
+        raise AccessFileError(
+            f"{file.path}: is owned by another user, who can write it. "
+            f"Run: chown {os.geteuid()} {file.path} (or root)"
+        )
     try:
         document = tomllib.loads(file.contents.decode())
     except UnicodeDecodeError:
         raise AccessFileError(f"{file.path}: is not UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise AccessFileError(f"{file.path}: is not TOML: {error}.") from None
+    except (ValueError, RecursionError):
+        # A number of thousands of digits, lists in lists in lists: tomllib lets these through.
+        raise AccessFileError(f"{file.path}: has a value that is too long or too deep.") from None
     reader = _Reader()
     callers = reader.read(document)
     if reader.problems:

@@ -292,6 +292,11 @@ async def _reload(admission: Admission, metrics: Metrics, log: Any) -> None:
                 metrics.in_force(name, latest=False)
                 log.error("reload_failed", file=name, reason=str(error))
                 continue
+            except Exception as error:  # whatever a file does to us, calls go on
+                metrics.in_force(name, latest=False)
+                # Its text may quote the file.
+                log.error("reload_failed", file=name, reason=f"{type(error).__name__}, which is unexpected")
+                continue
             if changed:
                 metrics.in_force(name, latest=True)
                 if name == "access":

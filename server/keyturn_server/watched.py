@@ -27,6 +27,8 @@ class File:
     path: Path
     mode: int
     """Its permissions."""
+    owner: int
+    """The id of its user."""
     contents: bytes = field(repr=False)
 
 
@@ -43,7 +45,7 @@ def read_file(path: Path) -> File:
         raise UnreadableFile(f"{path}: cannot be read: {error.strerror}.") from None
     if len(contents) > _MAX_BYTES:
         raise UnreadableFile(f"{path}: is over {_MAX_BYTES} bytes.")
-    return File(path=path, mode=stat.S_IMODE(facts.st_mode), contents=contents)
+    return File(path=path, mode=stat.S_IMODE(facts.st_mode), owner=facts.st_uid, contents=contents)
 
 
 class Watched(Generic[T]):
@@ -58,26 +60,30 @@ class Watched(Generic[T]):
         self._paths = paths
         self._parse = parse
         files = self._read()
-        self._seen: Sequence[File] | str = files
+        self._seen: Sequence[File] | None = files
+        self._fault: str | None = None
         self.value = parse(files)
 
     def refresh(self) -> bool:
         """Take what the files have become; whether that is news.
 
         Raises `UnreadableFile` and what `parse` raises, once for the same cause; the value that is in
-        force stays.
+        force stays. Files that were refused are tried again, since time alone may make them good: a
+        certificate that is not valid yet.
         """
+        seen: Sequence[File] | None = None
         try:
             seen = self._read()
-        except UnreadableFile as error:
-            if self._seen == str(error):
+            if seen == self._seen and self._fault is None:
                 return False
-            self._seen = str(error)
+            value = self._parse(seen)
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"
+            if (seen, fault) == (self._seen, self._fault):
+                return False
+            self._seen, self._fault = seen, fault
             raise
-        if seen == self._seen:
-            return False
-        self._seen = seen
-        self.value = self._parse(seen)
+        self._seen, self._fault, self.value = seen, None, value
         return True
 
     def _read(self) -> Sequence[File]:

@@ -223,7 +223,7 @@ async def test_token_prints_a_token_once_and_the_entry_that_takes_it() -> None:
     assert first.out != second.out
     token = first.out.strip()
     assert token not in first.err
-    file = File(path=Path("/access.toml"), mode=0o600, contents=first.err.encode())
+    file = File(path=Path("/access.toml"), mode=0o600, owner=0, contents=first.err.encode())
     assert parse_callers(file).by_token[digest_of(token)].name == "token:web"
 
 
