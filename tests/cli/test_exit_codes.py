@@ -26,7 +26,7 @@ from tests.cli.command import (
     keyturn_on_terminal,
 )
 from tests.factories import Connection, Factory
-from tests.support import Sidecar, temporary_directory
+from tests.support import MASTER_KEY, Sidecar, temporary_directory
 
 EXPLAIN = ("explain", "u1", "--provider", "openai")
 
@@ -181,6 +181,43 @@ async def test_a_reader_that_has_gone_ends_the_command_quietly(sidecar: Sidecar,
     os.close(write)
     _, err = await process.communicate()
     assert (process.returncode, err) == (-signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("command", ["db check", "db check --json", "keys rotate", "keys rotate --json"])
+async def test_a_reader_that_has_gone_ends_commands_of_the_database_quietly(
+    command: str, database: str
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(
+            "bash",
+            "-c",
+            f'"$0" -m keyturn_server {command} | true; exit "${{PIPESTATUS[0]}}"',
+            sys.executable,
+        ),
+        stderr=asyncio.subprocess.PIPE,
+        env=environment_of(KEYTURN_DATABASE_URL=database, ENCRYPTION_KEY=MASTER_KEY),
+    )
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize(
+    ("target", "why"), [(">&-", "stdout is closed"), ("> /dev/full", "No space left on device")]
+)
+async def test_1_an_answer_that_stdout_does_not_take(
+    target: str, why: str, sidecar: Sidecar, database: str
+) -> None:
+    for command in ("keys providers", "keys providers --json", "db check", "keys rotate", "keygen"):
+        process = await asyncio.create_subprocess_exec(
+            *("bash", "-c", f'exec "$0" -m keyturn_server {command} {target}', sys.executable),
+            stderr=asyncio.subprocess.PIPE,
+            env=environment_of(
+                KEYTURN_ADDRESS=sidecar.address, KEYTURN_DATABASE_URL=database, ENCRYPTION_KEY=MASTER_KEY
+            ),
+        )
+        _, err = await process.communicate()
+        said = f"keyturn: It was done, but the answer cannot be printed: {why}.\n"
+        assert (process.returncode, err.decode()) == (1, said), command
 
 
 async def test_an_answer_that_the_locale_cannot_show_is_written_out(sidecar: Sidecar, make: Factory) -> None:

@@ -58,16 +58,33 @@ async def test_on_a_terminal_the_secret_is_asked_for_and_not_shown(
     assert await sql.fetchval("SELECT key_hint FROM user_api_keys WHERE user_id = $1", user) == SECRET[-4:]
 
 
-async def test_a_key_that_the_provider_refuses_is_saved_with_a_warning(
+async def test_a_key_that_the_provider_refuses_is_saved_with_a_warning_and_ends_with_3(
     sidecar: Sidecar, make: Factory, providers: Providers
 ) -> None:
     user = await make.user()
     providers.will(refuse, REFUSED)
     finished = await ask(sidecar, "keys", "save", user, *SAVE, stdin=REFUSED.encode())
-    assert finished.code == 0
+    assert finished.code == 3
     assert "keyturn: saved, but the provider refuses it" in finished.err
+    assert "it replaced" not in finished.err
     assert "invalid" in finished.out
     assert REFUSED not in finished.out + finished.err
+
+
+async def test_a_refused_key_in_the_place_of_another_says_that_the_other_is_gone(
+    sidecar: Sidecar, make: Factory, providers: Providers
+) -> None:
+    user = await make.user()
+    labelled = ("keys", "save", user, *SAVE, "--label", "main")
+    await told(sidecar, *labelled, stdin=SECRET.encode())
+    providers.will(refuse, REFUSED)
+    finished = await ask(sidecar, *labelled, stdin=REFUSED.encode())
+    assert finished.code == 3
+    assert finished.err.splitlines()[1:] == [
+        "  it replaced the key that had this label; save the old one again to go back"
+    ]
+    assert finished.out.startswith("Replaced.\n")
+    assert (await answered(sidecar, *labelled, stdin=SECRET.encode()))["key"]["state"] == "KEY_STATE_USABLE"
 
 
 MISPLACED = {

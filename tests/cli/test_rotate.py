@@ -149,6 +149,12 @@ async def test_without_a_master_key_or_on_a_database_that_is_not_migrated_it_ref
     assert no_batch.code == 2
 
 
+async def test_a_database_that_is_not_there_ends_with_6() -> None:
+    finished = await rotate(database="postgresql://u:p@127.0.0.1:9/x")
+    assert (finished.code, finished.out) == (6, "")
+    assert finished.err == "keyturn: The database cannot be reached.\n"
+
+
 async def on_a_terminal(*arguments: str, **variables: str) -> tuple[int, str]:
     """How a command ends whose stderr is a terminal, and what is shown there."""
     here, there = pty.openpty()
@@ -208,7 +214,7 @@ async def test_when_the_database_goes_away_it_says_that_it_can_be_run_again(
 
     await eventually(cut)
     finished = await running
-    assert finished.code == 1
+    assert finished.code == 6
     assert "Run it again: it goes on with the rest." in finished.err
     assert await resting(sql) == {OLD, NEW}
     assert (await rotate(database=database)).code == 0

@@ -330,6 +330,18 @@ DAMAGE: dict[str, tuple[str, Severity, str, str]] = {
         "keyturn_lock_accounts(text[], boolean)",
         "not what migration 0002 (ledger) made",
     ),
+    "a table is not logged": (
+        "ALTER TABLE credit_transactions SET UNLOGGED",
+        PROBLEM,
+        "credit_transactions",
+        "It is UNLOGGED: a crash of the server empties it.",
+    ),
+    "a rule": (
+        'CREATE RULE "Quiet" AS ON INSERT TO api_key_usage DO INSTEAD NOTHING',
+        PROBLEM,
+        "api_key_usage.Quiet",
+        "what Keyturn writes may be dropped or changed",
+    ),
     "a type has one more": (
         "ALTER TYPE keyturn_settlement ADD ATTRIBUTE more text",
         PROBLEM,
@@ -351,7 +363,7 @@ async def test_damage_is_named_and_what_is_to_be_done_repairs_it(
     found = of(checkup, subject)
     assert message in found.message
     assert checkup.is_fit == (severity is WARNING)
-    if found.remedy.startswith(("CREATE", "ALTER")):
+    if found.remedy.startswith(("CREATE", "ALTER", "DROP")):
         await sql.execute(found.remedy)
         assert told(await checked(database)) == []
 
@@ -531,6 +543,20 @@ async def test_a_schema_of_its_own_beside_a_products_tables_is_fit_and_serves(em
 
 
 # -- the role and the server ---------------------------------------------------------------------------
+
+
+async def test_triggers_that_are_switched_off_for_the_database_are_a_problem(
+    database: str, sql: Connection
+) -> None:
+    name = await sql.fetchval("SELECT quote_ident(current_database())")
+    await sql.execute(f"ALTER DATABASE {name} SET session_replication_role = local")  # they fire
+    assert told(await checked(database)) == []
+    await sql.execute(f"ALTER DATABASE {name} SET session_replication_role = replica")
+    checkup = await checked(database)
+    assert told(checkup) == [(PROBLEM, "session_replication_role")]
+    assert "RESET session_replication_role" in of(checkup, "session_replication_role").remedy
+    await sql.execute(f"ALTER DATABASE {name} RESET session_replication_role")
+    assert told(await checked(database)) == []
 
 
 @asynccontextmanager

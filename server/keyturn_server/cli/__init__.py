@@ -11,6 +11,7 @@ import sys
 import cyclopts
 
 from keyturn_server.cli.exit_codes import EPILOGUE, Ended, ExitCode
+from keyturn_server.cli.stdout import fill_closed, flush
 
 
 def _version() -> str:
@@ -51,6 +52,7 @@ app.command(f"{_PLACE}.health:health", name="health", group=_ASKING)
 
 def run() -> None:
     """Run one command, and end with its exit code: `exit_codes` has the table."""
+    fill_closed()
     try:
         code = _run()
     except KeyboardInterrupt:
@@ -66,7 +68,7 @@ def _run() -> ExitCode:
     try:
         _load_for_help()
         ended = app(result_action="return_value", exit_on_error=False, print_error=False)
-        sys.stdout.flush()
+        flush()
     except cyclopts.CycloptsError as error:
         from keyturn_server.cli.usage import explained
 
@@ -97,13 +99,14 @@ def _end(ending: Ended) -> ExitCode:
 def _fault(error: Exception) -> ExitCode:
     """Says what a fault means. A defect goes through the log and its scrubber: a trace may quote what
     must not be shown."""
-    from keyturn_server.errors import KeyturnFault
+    from keyturn_server.errors import KeyturnFault, StoreUnavailable
     from keyturn_server.keys.keyring import KeyringError
     from keyturn_server.logs import configure_logs, get_log
     from keyturn_server.store.embedded import EmbeddedPostgresError
 
     if isinstance(error, KeyturnFault | KeyringError | EmbeddedPostgresError):
-        return _end(Ended(ExitCode.FAULT, str(error)))
+        is_away = isinstance(error, StoreUnavailable)
+        return _end(Ended(ExitCode.UNAVAILABLE if is_away else ExitCode.FAULT, str(error)))
     configure_logs("info")
     get_log().exception("crashed", exc_info=error)
     return ExitCode.FAULT

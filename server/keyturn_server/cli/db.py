@@ -18,6 +18,7 @@ from rich.text import Text
 
 from keyturn_server.app import database_url
 from keyturn_server.cli.database import existing_database_url
+from keyturn_server.cli.stdout import write
 from keyturn_server.keys.keyring import Keyring
 from keyturn_server.logs import configure_logs, get_log
 from keyturn_server.settings import Settings, read_settings
@@ -50,9 +51,9 @@ async def _migrate(settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         applied = await apply_migrations(await database_url(settings, stack, get_log()))
     for migration in applied:
-        print(f"applied {migration.version:04d} {migration.name}")
+        write(f"applied {migration.version:04d} {migration.name}")
     if not applied:
-        print("up to date")
+        write("up to date")
 
 
 @app.command
@@ -65,7 +66,8 @@ def check(
     """Say whether the database is fit for a sidecar: what is missing, what differs, what is in the way.
 
     For a new database, for one that a product has already, and for one of which somebody is in doubt.
-    Writes nothing. Exit code 0: fit, perhaps with warnings; 1: not fit, and it says why.
+    Writes nothing. Exit code 0: fit, perhaps with warnings; 1: not fit, or not to be
+    looked at, and it says why; 6: the database cannot be reached.
 
     Parameters
     ----------
@@ -81,9 +83,9 @@ def check(
     configure_logs("warning")
     checkup = uvloop.run(_check(settings, deep=deep))
     if as_json:
-        print(json.dumps({"is_fit": checkup.is_fit, **_as_json(checkup)}, indent=2))
+        write(json.dumps({"is_fit": checkup.is_fit, **_as_json(checkup)}, indent=2))
     else:
-        _print(checkup)
+        write(_in_words(checkup))
     if not checkup.is_fit:
         raise SystemExit(1)
 
@@ -107,14 +109,11 @@ def _as_json(checkup: Checkup) -> dict[str, Any]:
     return {**asdict(checkup), "findings": [asdict(one) for one in checkup.findings]}
 
 
-def _print(checkup: Checkup) -> None:
+def _in_words(checkup: Checkup) -> str:
     console = Console(highlight=False)
-    console.print(
-        Text(
-            f"{checkup.server}, database {checkup.database}, schema {checkup.schema or '(none)'}, "
-            f"as {checkup.role}"
-        ),
-        soft_wrap=True,
+    head = Text(
+        f"{checkup.server}, database {checkup.database}, schema {checkup.schema or '(none)'}, "
+        f"as {checkup.role}"
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -127,10 +126,13 @@ def _print(checkup: Checkup) -> None:
                 if one.remedy:
                     words.append(f"\n→ {one.remedy}", style="dim")
                 table.add_row(Text(severity.value, style=_STYLES[severity]), Text(one.subject), words)
-    console.print(table)
     counts = {severity: sum(one.severity is severity for one in checkup.findings) for severity in Severity}
     told = f"{_times(counts[Severity.PROBLEM], 'problem')}, {_times(counts[Severity.WARNING], 'warning')}"
-    console.print(f"{'Fit' if checkup.is_fit else 'Not fit'}: {told}.", style="bold")
+    with console.capture() as captured:
+        console.print(head, soft_wrap=True)
+        console.print(table)
+        console.print(f"{'Fit' if checkup.is_fit else 'Not fit'}: {told}.", style="bold")
+    return captured.get().removesuffix("\n")
 
 
 def _times(count: int, what: str) -> str:

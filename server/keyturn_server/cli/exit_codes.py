@@ -23,7 +23,9 @@ MEANINGS: Final = {
     ExitCode.DONE: "done",
     ExitCode.FAULT: "something went wrong (stderr says what, with the reason in brackets)",
     ExitCode.USAGE: "wrong usage, or a value that the sidecar refuses",
-    ExitCode.REFUSED: "the policy or the state of things says no, and nothing was changed",
+    ExitCode.REFUSED: (
+        "the policy or the state of things says no, and nothing was changed; or a provider refuses the key"
+    ),
     ExitCode.NOT_FOUND: "no such user, key or hold",
     ExitCode.NOT_ALLOWED: "the sidecar does not know the caller, or its role may not do this",
     ExitCode.UNAVAILABLE: "the sidecar, its database or a provider is out of reach or busy (try again)",

@@ -10,6 +10,7 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from keyturn_server.cli.connection import DEFAULT, Connection, connected
+from keyturn_server.cli.stdout import write
 
 _TIMEOUT = timedelta(seconds=4)
 
@@ -35,6 +36,6 @@ async def _health(service: str, connection: Connection) -> None:
             print(f"keyturn: {error.code().name}: {error.details()}", file=sys.stderr)
             raise SystemExit(1) from None
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    print(status)
+    write(status)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise SystemExit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from keyturn_server.cli.stdout import write
 from keyturn_server.keys.keyring import parse_master_key
 
 
@@ -15,5 +16,5 @@ def keygen() -> None:
     """
     text = os.urandom(32).hex()
     key = parse_master_key(text, name="the new key")
-    print(text)
+    write(text)
     print(f"key id {key.id}", file=sys.stderr)

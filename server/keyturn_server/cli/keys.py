@@ -41,11 +41,12 @@ def save(
     label: str = "",
     priority: Int32 | None = None,
     options: Options = DEFAULTS,
-) -> None:
+) -> ExitCode:
     """Save a key, after asking its provider about it. The same label again replaces the secret.
 
     The secret is asked for on a terminal, without echo; otherwise it is the one line on stdin. A key
-    that the provider refuses is saved too, marked invalid, and exit code 0: stderr says so.
+    that the provider refuses is saved too, marked invalid, also in the place of one that worked: exit
+    code 3, and stderr says so.
 
     Parameters
     ----------
@@ -63,10 +64,15 @@ def save(
         request.priority = priority
     answer = options.call(lambda channel: KeyServiceStub(channel).SaveKey, request)
     show(answer, _saved, as_json=options.json)
+    gone = []
+    if answer.replaced:
+        gone = ["it replaced the key that had this label; save the old one again to go back"]
     if answer.key.state == policy.KEY_STATE_INVALID:
-        note(f"saved, but the provider refuses it: {answer.key.last_error}")
-    elif answer.key.state == policy.KEY_STATE_UNVERIFIED:
-        note("saved, but the provider could not be asked about it: see `keyturn keys test`")
+        note(f"saved, but the provider refuses it: {answer.key.last_error}", *gone)
+        return ExitCode.REFUSED
+    if answer.key.state == policy.KEY_STATE_UNVERIFIED:
+        note("saved, but the provider could not be asked about it: see `keyturn keys test`", *gone)
+    return ExitCode.DONE
 
 
 def _secret() -> Secret:

@@ -8,7 +8,6 @@ is prose; ids are never cut and never wrapped. Away from a terminal there is no 
 from __future__ import annotations
 
 import re
-import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime
@@ -24,6 +23,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from keyturn_server.cli.stdout import write
+
 Answer = TypeVar("Answer", bound=Message)
 
 _UNLIMITED: Final = 100_000
@@ -34,13 +35,6 @@ _MICROS: Final = 1_000_000
 def show(answer: Answer, for_people: Callable[[Answer], str], *, as_json: bool) -> None:
     """Prints an answer: as `for_people` renders it, or in protobuf's JSON mapping, all fields included."""
     write(MessageToJson(answer, always_print_fields_with_no_presence=True) if as_json else for_people(answer))
-
-
-def write(text: str) -> None:
-    """Prints an answer. Where the reader has gone (`keyturn … | head`), ends like any program in a pipe."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    encoding = sys.stdout.encoding
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def note(*lines: str) -> None:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from keyturn_server.cli.database import existing_database_url
+from keyturn_server.cli.stdout import write
 from keyturn_server.errors import KeyturnFault, StoreUnavailable
 from keyturn_server.keys.envelope import UnreadableCause
 from keyturn_server.keys.keyring import Keyring
@@ -51,13 +52,14 @@ class NoMasterKey(KeyturnFault):
         )
 
 
-class Interrupted(KeyturnFault):
+class Interrupted(StoreUnavailable):
     """The database went away in the middle."""
 
     def __init__(self, rewritten: int) -> None:
-        super().__init__(
+        KeyturnFault.__init__(
+            self,
             f"The database cannot be reached. Keys sealed anew until then: {rewritten}. "
-            "Run it again: it goes on with the rest."
+            "Run it again: it goes on with the rest.",
         )
 
 
@@ -73,7 +75,8 @@ def rotate(
 
     Sidecars go on serving. Restart all of them with both variables first: one that runs with another
     ENCRYPTION_KEY is refused. Interrupted, it goes on with the next run. Exit code 0: nothing is left
-    under another master key; 1: something is, and it says what.
+    under another master key; 1: something is, and it says what; 6: the database
+    cannot be reached.
 
     Parameters
     ----------
@@ -95,9 +98,9 @@ def rotate(
     rotated = uvloop.run(_rotate(settings, batch=batch, dry_run=dry_run, force=force))
     seconds = time.monotonic() - started
     if as_json:
-        print(json.dumps(_as_json(rotated, dry_run=dry_run, seconds=seconds), indent=2))
+        write(json.dumps(_as_json(rotated, dry_run=dry_run, seconds=seconds), indent=2))
     else:
-        _print(rotated, dry_run=dry_run, seconds=seconds)
+        write("\n".join(_in_words(rotated, dry_run=dry_run, seconds=seconds)))
     if not dry_run and (rotated.left or rotated.behind or not rotated.is_done):
         raise SystemExit(1)
 
@@ -185,11 +188,6 @@ def _gone_over(progress: Progress) -> int:
 
 def _rate(progress: Progress, seconds: float) -> str:
     return f"{_gone_over(progress) / seconds:.0f}/s" if seconds > 0 else ""
-
-
-def _print(rotated: Rotated, *, dry_run: bool, seconds: float) -> None:
-    for line in _in_words(rotated, dry_run=dry_run, seconds=seconds):
-        print(line)
 
 
 def _in_words(rotated: Rotated, *, dry_run: bool, seconds: float) -> Iterator[str]:

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from keyturn_server.access import Role
 from keyturn_server.access_file import entry_of, new_token
+from keyturn_server.cli.stdout import write
 
 
 def token(name: str, /, *, role: Annotated[list[Role], Parameter(negative="")]) -> None:
@@ -25,5 +26,5 @@ def token(name: str, /, *, role: Annotated[list[Role], Parameter(negative="")]) 
     """
     made = new_token()
     entry = entry_of(name, role, made)
-    print(made.reveal())
+    write(made.reveal())
     print(entry, end="", file=sys.stderr)

@@ -72,6 +72,7 @@ SELECT current_database() AS database, session_user AS role, version() AS versio
        current_setting('fsync')::boolean AS fsync,
        current_setting('full_page_writes')::boolean AS full_page_writes,
        current_setting('idle_session_timeout') AS idle_session_timeout,
+       current_setting('session_replication_role') AS replication_role,
        (SELECT nspname FROM pg_namespace WHERE nspname = current_schema()) AS schema,
        (SELECT oid FROM pg_namespace WHERE nspname = current_schema()) AS schema_oid
 """
@@ -92,6 +93,18 @@ SELECT c.relname AS table, pg_has_role(c.relowner, 'USAGE') AS is_owner,
               WHERE has_table_privilege(c.oid, one)) AS rights
   FROM pg_class c WHERE c.relnamespace = $1::oid AND c.relname = ANY ($2) AND c.relkind IN ('r', 'p', 'v')
  ORDER BY c.relname
+"""
+_UNLOGGED = """
+SELECT c.relname AS table FROM pg_class c
+ WHERE c.relnamespace = $1::oid AND c.relname = ANY ($2)
+   AND c.relkind IN ('r', 'p') AND c.relpersistence <> 'p'
+ ORDER BY c.relname
+"""
+_RULES = """
+SELECT c.relname AS table, r.rulename AS rule
+  FROM pg_rewrite r JOIN pg_class c ON c.oid = r.ev_class
+ WHERE c.relnamespace = $1::oid AND c.relname = ANY ($2) AND r.rulename <> '_RETURN' AND r.ev_enabled <> 'D'
+ ORDER BY c.relname, r.rulename
 """
 _FUNCTION_RIGHTS = """
 SELECT p.proname AS name FROM pg_proc p
@@ -295,6 +308,13 @@ def _of_server(server: asyncpg.Record) -> Iterator[Finding]:
             "It is on for this role or database: nothing can be written.",
             "ALTER ROLE … RESET default_transaction_read_only, or the same for the database.",
         )
+    if server["replication_role"] == "replica":
+        yield problem(
+            "session_replication_role",
+            "It is replica for this role or database, which switches triggers off: changes of flags are "
+            "neither kept in their history nor heard of.",
+            "ALTER ROLE … RESET session_replication_role, or the same for the database.",
+        )
     if server["synchronous_commit"] == "off":
         yield warning("synchronous_commit", "It is off. Sidecars switch it on for themselves.")
     for setting in ("fsync", "full_page_writes"):
@@ -423,12 +443,37 @@ async def _of_schema(look: _Look) -> list[Finding]:
         occupied=await occupied(look.connection, look.server["schema_oid"], coming),
         made_by=made_by,
     )
-    findings = list(comparison.findings())
+    findings = [
+        *comparison.findings(),
+        *await _of_tables(look, [one.name for one in now if one.kind == "table"]),
+    ]
     if now and not any(one.severity is not Severity.OK for one in findings):
         tables = sum(one.kind == "table" for one in now)
         findings.append(
             fine("schema", f"All {tables} tables and what belongs to them are as they were made.")
         )
+    return findings
+
+
+async def _of_tables(look: _Look, tables: Sequence[str]) -> list[Finding]:
+    """What of tables no description tells: whether they outlive a crash, and what is made of statements."""
+    oid = look.server["schema_oid"]
+    findings = [
+        problem(
+            row["table"],
+            "It is UNLOGGED: a crash of the server empties it.",
+            f"ALTER TABLE {row['table']} SET LOGGED",
+        )
+        for row in await look.connection.fetch(_UNLOGGED, oid, tables)
+    ]
+    findings += [
+        problem(
+            f"{row['table']}.{row['rule']}",
+            "A rule, which rewrites statements: what Keyturn writes may be dropped or changed.",
+            f"DROP RULE {_quoted(row['rule'])} ON {row['table']}",
+        )
+        for row in await look.connection.fetch(_RULES, oid, tables)
+    ]
     return findings
 
 
