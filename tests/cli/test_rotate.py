@@ -7,8 +7,11 @@ import json
 import os
 import pty
 import sys
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+
+import asyncpg
 
 from keyturn_server.keys.envelope import open_sealed
 from keyturn_server.keys.keyring import Keyring, parse_master_key
@@ -194,26 +197,37 @@ async def test_a_terminal_sees_how_far_it_is(database: str, make: Factory) -> No
     assert "/s" in shown
 
 
+@asynccontextmanager
+async def away(database: str, sql: Connection) -> AsyncIterator[None]:
+    """The database lets nobody in but `sql`, and has thrown out everybody else."""
+    name = await sql.fetchval("SELECT current_database()")
+    elsewhere = await asyncpg.connect(database, database="postgres")
+    try:
+        await elsewhere.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        await sql.fetch(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        yield
+    finally:
+        await elsewhere.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        await elsewhere.close()
+
+
 async def test_when_the_database_goes_away_it_says_that_it_can_be_run_again(
     database: str, make: Factory, sql: Connection
 ) -> None:
     user = await make.user()
-    for _ in range(1000):
+    for _ in range(2000):
         await make.key(user)
     running = asyncio.create_task(rotate("--batch", "1", database=database))
 
-    async def cut() -> bool:
-        if (await resting(sql)) == {OLD}:
-            return False
-        return bool(
-            await sql.fetchval(
-                "SELECT bool_or(pg_terminate_backend(pid)) FROM pg_stat_activity "
-                "WHERE datname = current_database() AND application_name = 'keyturn'"
-            )
-        )
+    async def has_begun() -> bool:
+        return (await resting(sql)) != {OLD}
 
-    await eventually(cut)
-    finished = await running
+    await eventually(has_begun)
+    async with away(database, sql):
+        finished = await running
     assert finished.code == 6
     assert "Run it again: it goes on with the rest." in finished.err
     assert await resting(sql) == {OLD, NEW}
