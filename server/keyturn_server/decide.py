@@ -207,16 +207,7 @@ class Decider:
             flags=configuration.flags,
             tier=profile.tier,
             tier_ranks=configuration.tier_ranks,
-            keys=tuple(
-                KeyFacts(
-                    id=key.id,
-                    is_active=key.is_active,
-                    is_valid=key.is_valid,
-                    cooldown_until=key.cooldown_until,
-                    was_refused=(key.id, key.revision) in refused,
-                )
-                for key in stored
-            ),
+            keys=tuple(facts_of(key, was_refused=(key.id, key.revision) in refused) for key in stored),
             constraint=ask.constraint,
             provider_enabled=provider.is_enabled,
             encryption_configured=self._keyring is not None,
@@ -401,6 +392,29 @@ class Decider:
 def open_key(keyring: Keyring, user_id: str, key: StoredKey) -> Secret:
     """The secret of a stored key. Raises `Unreadable`."""
     return open_sealed(keyring, key.ciphertext, user_id=user_id, provider=key.provider, row_id=key.id)
+
+
+def opens(keyring: Keyring | None, user_id: str, key: StoredKey) -> bool:
+    """Whether a stored key opens; without a master key none does."""
+    if keyring is None:
+        return False
+    try:
+        open_key(keyring, user_id, key)
+    except Unreadable:
+        return False
+    return True
+
+
+def facts_of(key: StoredKey, *, is_readable: bool = True, was_refused: bool = False) -> KeyFacts:
+    """What the policy needs to know of a stored key."""
+    return KeyFacts(
+        id=key.id,
+        is_active=key.is_active,
+        is_valid=key.is_valid,
+        cooldown_until=key.cooldown_until,
+        is_readable=is_readable,
+        was_refused=was_refused,
+    )
 
 
 def state_of(key: StoredKey, now: datetime, *, is_readable: bool) -> KeyState:

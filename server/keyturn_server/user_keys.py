@@ -15,7 +15,7 @@ from uuid import UUID
 
 from keyturn.secret import Secret
 from keyturn_server.configuration import Configuration, Provider
-from keyturn_server.decide import Configurations, open_key, provider_of, state_of
+from keyturn_server.decide import Configurations, open_key, opens, provider_of, state_of
 from keyturn_server.errors import (
     ByokDisabled,
     EncryptionNotConfigured,
@@ -242,19 +242,10 @@ class UserKeys:
         cooldown_until = key.stored.cooldown_until
         return KeyNow(
             key=key,
-            state=state_of(key.stored, now, is_readable=self._opens(user_id, key.stored)),
+            # Without a master key none opens: then no key can be used, and a list must not say otherwise.
+            state=state_of(key.stored, now, is_readable=opens(self._keyring, user_id, key.stored)),
             cooldown_until=cooldown_until if cooldown_until is not None and cooldown_until > now else None,
         )
-
-    def _opens(self, user_id: str, key: StoredKey) -> bool:
-        # Without a master key none opens: then no key can be used, and a list must not say otherwise.
-        if self._keyring is None:
-            return False
-        try:
-            open_key(self._keyring, user_id, key)
-        except Unreadable:
-            return False
-        return True
 
     def _check_form(self, provider: Provider, secret: Secret) -> None:
         try:

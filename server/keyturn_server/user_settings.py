@@ -12,12 +12,11 @@ from enum import Enum
 from typing import Protocol
 
 from keyturn_server.configuration import Configuration
-from keyturn_server.decide import Configurations, Profiles, open_key
-from keyturn_server.keys.envelope import Unreadable
+from keyturn_server.decide import Configurations, Profiles, facts_of, opens
 from keyturn_server.keys.keyring import Keyring
 from keyturn_server.ledger import Balance
-from keyturn_server.profiles import Profile, StoredKey
-from keyturn_server.routing.model import Credits, DenialReason, KeyFacts, Mode, Path, Reason, Verdict, World
+from keyturn_server.profiles import Profile
+from keyturn_server.routing.model import Credits, DenialReason, Mode, Path, Reason, Verdict, World
 from keyturn_server.routing.policy import choose_route, conclude, is_eligible
 
 
@@ -88,16 +87,7 @@ def settings_of(
         flags=configuration.flags,
         tier=profile.tier,
         tier_ranks=configuration.tier_ranks,
-        keys=tuple(
-            KeyFacts(
-                id=key.id,
-                is_active=key.is_active,
-                is_valid=key.is_valid,
-                cooldown_until=key.cooldown_until,
-                is_readable=keyring is not None and _opens(keyring, profile.user_id, key),
-            )
-            for key in keys
-        ),
+        keys=tuple(facts_of(key, is_readable=opens(keyring, profile.user_id, key)) for key in keys),
         encryption_configured=keyring is not None,
     )
     has_credits = balance.available_micros >= max(hold_micros, 1)
@@ -117,14 +107,6 @@ def settings_of(
 def _is_offered(configuration: Configuration, provider: str) -> bool:
     found = configuration.providers.get(provider)
     return found is not None and found.is_enabled
-
-
-def _opens(keyring: Keyring, user_id: str, key: StoredKey) -> bool:
-    try:
-        open_key(keyring, user_id, key)
-    except Unreadable:
-        return False
-    return True
 
 
 def _state(verdict: Verdict) -> PaymentState:
