@@ -29,7 +29,7 @@ from keyturn_server.keys.keyring import Keyring
 from keyturn_server.ledger import Balance, KeyState
 from keyturn_server.profiles import Profile, StoredKey
 from keyturn_server.rate_limits import Limited, RateLimits
-from keyturn_server.routing.model import Credits, DenialReason, Path, Plan, Verdict, World
+from keyturn_server.routing.model import Credits, DenialReason, Path, Plan, Verdict
 from keyturn_server.routing.policy import conclude, is_eligible
 from keyturn_server.routing.reasons import SENTENCES
 from keyturn_server.scrub import scrub
@@ -235,16 +235,11 @@ def _origin(configuration: Configuration, key: str) -> str:
 
 
 def _tier_steps(configuration: Configuration, profile: Profile) -> list[Step]:
-    world = World(
-        flags=configuration.flags,
-        tier=profile.tier,
-        tier_ranks=configuration.tier_ranks,
-        keys=(),
-    )
+    eligible = is_eligible(configuration.flags, profile.tier, configuration.tier_ranks)
     return [
         Step(
             "tier",
-            "eligible" if is_eligible(world) else "not eligible",
+            "eligible" if eligible else "not eligible",
             f"The user's tier is {profile.tier!r}; own keys are for {configuration.flags.min_tier!r} "
             "and above.",
         )

@@ -29,7 +29,6 @@ from keyturn_server.keys.keyring import Keyring
 from keyturn_server.keys.provider_checks import CANNOT_BE_CHECKED, Checked, CheckedProvider, KeyCheck
 from keyturn_server.ledger import KeyState
 from keyturn_server.profiles import StoredKey
-from keyturn_server.routing.model import World
 from keyturn_server.routing.policy import is_eligible
 
 MOST_FOR_PROVIDER: Final = 10
@@ -275,5 +274,5 @@ def _check_policy(configuration: Configuration, tier: str) -> None:
     flags = configuration.flags
     if not flags.byok_enabled:
         raise ByokDisabled
-    if not is_eligible(World(flags=flags, tier=tier, tier_ranks=configuration.tier_ranks, keys=())):
+    if not is_eligible(flags, tier, configuration.tier_ranks):
         raise TierNotEligible(tier, flags.min_tier)

@@ -94,7 +94,8 @@ def settings_of(
     plan = choose_route(world, now=now)
     verdict = conclude(plan, Credits.HELD if has_credits else Credits.INSUFFICIENT)
     return UserSettings(
-        page_visible=configuration.flags.byok_enabled and is_eligible(world),
+        page_visible=configuration.flags.byok_enabled
+        and is_eligible(world.flags, world.tier, world.tier_ranks),
         mode=plan.mode,
         state=_state(verdict),
         action_reason=verdict.denial,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 
 from keyturn_server.routing.model import (
     Constraint,
     Credits,
     DenialReason,
+    Flags,
     Mode,
     Out,
     Path,
@@ -25,10 +27,10 @@ _ORDER = {
 }
 
 
-def is_eligible(world: World) -> bool:
+def is_eligible(flags: Flags, tier: str, tier_ranks: Mapping[str, int]) -> bool:
     """Whether the user's tier may bring keys. An unknown tier, or an unknown minimum, is below it."""
-    rank = world.tier_ranks.get(world.tier)
-    minimum = world.tier_ranks.get(world.flags.min_tier)
+    rank = tier_ranks.get(tier)
+    minimum = tier_ranks.get(flags.min_tier)
     return rank is not None and minimum is not None and rank >= minimum
 
 
@@ -68,7 +70,7 @@ def _own_key_out(world: World, mode: Mode, has_keys: bool, *, usable: bool) -> O
         return Out.PROVIDER_DISABLED
     if mode is Mode.INTERNAL_ONLY:
         return Out.BYOK_DISABLED
-    if not is_eligible(world):
+    if not is_eligible(world.flags, world.tier, world.tier_ranks):
         return Out.TIER
     if world.constraint is Constraint.CREDITS_ONLY:
         return Out.CONSTRAINT

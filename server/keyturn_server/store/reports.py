@@ -24,7 +24,6 @@ from keyturn_server.reports import (
     UsersWithoutKeys,
     UserWithoutKeys,
 )
-from keyturn_server.routing.model import World
 from keyturn_server.routing.policy import is_eligible
 from keyturn_server.store.people import LEGACY, usable_keys_of
 from keyturn_server.store.settings import load_configuration
@@ -177,7 +176,7 @@ class Reports:
 def _eligible_tiers(configuration: Configuration) -> list[str]:
     """The tiers that may bring keys, by the policy's own rule."""
     flags, ranks = configuration.flags, configuration.tier_ranks
-    return [tier for tier in ranks if is_eligible(World(flags=flags, tier=tier, tier_ranks=ranks, keys=()))]
+    return [tier for tier in ranks if is_eligible(flags, tier, ranks)]
 
 
 def _totals(row: asyncpg.Record, path: str) -> UsageTotals:
