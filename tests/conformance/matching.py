@@ -38,8 +38,8 @@ def filled(value: Any, answers: Answers) -> Any:
 def check(expected: Any, actual: Any, answers: Answers, where: str = "answer") -> None:
     """Raises `Mismatch` unless `actual` is as `expected`."""
     match expected:
-        case {**one} if len(one) == 1 and (name := next(iter(one))) in _QUESTIONS:
-            _QUESTIONS[name](one[name], actual, answers, where)
+        case dict() if (name := _question(expected)) is not None:
+            _QUESTIONS[name](expected[name], actual, answers, where)
         case dict():
             _require(isinstance(actual, dict), where, expected, actual)
             for key, item in expected.items():
@@ -53,6 +53,11 @@ def check(expected: Any, actual: Any, answers: Answers, where: str = "answer") -
             # Equal numbers of different kinds are no mistake; a flag for a number is.
             alike = isinstance(wanted, bool) == isinstance(actual, bool)
             _require(alike and actual == wanted, where, wanted, actual)
+
+
+def _question(expected: dict[str, Any]) -> str | None:
+    """The question that an expectation is, if it is one."""
+    return next((name for name in expected if len(expected) == 1 and name in _QUESTIONS), None)
 
 
 def _require(holds: bool, where: str, expected: Any, actual: Any) -> None:
