@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,16 @@ TOOLS = Path(__file__).parents[1] / ".tools" / "bin"
 
 
 def require_toolchain(name: str) -> Path:
-    """The program of that name (`go`, `cargo`, `grpcurl`): what `make tools` built, or what is on PATH.
+    """The program of that name (`go`, `cargo`, `grpcurl`): built by `make tools`, of `.venv`, or on PATH.
 
     Where it is missing the test, or the module that is being imported, is skipped with a line that says so.
     With `CI=true` in the environment that is a failure instead: there nothing skips.
     """
-    found = shutil.which(name, path=os.pathsep.join((str(TOOLS), os.environ.get("PATH", os.defpath))))
+    places = (str(TOOLS), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))
+    found = shutil.which(name, path=os.pathsep.join(places))
     if found is not None:
         return Path(found)
-    reason = f"{name} is neither on PATH nor among what `make tools` builds"
+    reason = f"{name} is not installed: neither on PATH, nor by `make setup` or `make tools`"
     if os.environ.get("CI") == "true":
         pytest.fail(f"{reason}, and with CI=true nothing skips", pytrace=False)
     pytest.skip(reason, allow_module_level=True)
