@@ -431,7 +431,7 @@ class LlmProviders:
         await Providers().play(connection, at=self.url)
 
     async def asked(self, times: int = 1) -> Seen:
-        """The request of that number, from 1, once there is one. Raises AssertionError when it does not come."""
+        """The request of that number, from 1. Raises AssertionError when it does not come."""
 
         async def enough() -> bool:
             return len(self.seen) >= times

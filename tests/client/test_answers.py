@@ -162,7 +162,7 @@ async def test_every_field_of_a_record_reaches_the_sidecar(either: Either, sidec
         endpoint="/v1/chat/completions",
         response_time=Duration(seconds=1, nanos=500_000_000),
         http_status=200,
-        error_message="x" * 2_000,
+        error_message="x" * 500,
         retry_after=Duration(seconds=3),
     )
     assert recorded == Recorded(

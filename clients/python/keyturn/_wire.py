@@ -13,8 +13,8 @@ from keyturn.secret import Secret
 from keyturn.v1 import policy_pb2
 from keyturn.v1 import routing_service_pb2 as pb
 
-_MAX_ERROR_TEXT = 2_000
-"""Characters of a provider's error to send: the server keeps 500, and refuses calls over 64 KiB."""
+_MAX_ERROR_TEXT = 500
+"""Characters of a provider's error to send: as many as the server keeps."""
 
 _Word = TypeVar("_Word", bound=str)
 
@@ -105,7 +105,11 @@ def batch_decide_request(asked: Iterable[model.DecideRequest]) -> pb.BatchDecide
 
 
 def batch_record_request(records: Iterable[model.RecordRequest]) -> pb.BatchRecordRequest:
-    return pb.BatchRecordRequest(requests=map(record_request, records))
+    return batch_of(map(record_request, records))
+
+
+def batch_of(records: Iterable[pb.RecordRequest]) -> pb.BatchRecordRequest:
+    return pb.BatchRecordRequest(requests=records)
 
 
 def decision(response: pb.DecideResponse) -> model.Decision:
