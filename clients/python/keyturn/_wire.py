@@ -32,8 +32,13 @@ class _Enum(Generic[_Word]):
         return word if word is not None else self._kind(f"UNRECOGNIZED_{number}")
 
     def number(self, word: _Word) -> Any:
-        """Raises `ValueError` for a word that the contract does not have."""
+        """Raises `ValueError` for a word that the contract does not have.
+
+        A number that only a newer contract knows goes back as it came.
+        """
         number = self._numbers.get(word)
+        if number is None and word.startswith("UNRECOGNIZED_"):
+            return int(word.removeprefix("UNRECOGNIZED_"))
         if number is None:
             raise ValueError(f"{word} is no {self._kind.__name__} that this client can send")
         return number
