@@ -113,7 +113,6 @@ func TestGarbledDetailsDoNotMaskTheStatus(t *testing.T) {
 	garbledDetail.Details = []*anypb.Any{
 		{TypeUrl: "type.googleapis.com/google.rpc.ErrorInfo", Value: []byte("\xff\xff\xff")},
 		{TypeUrl: "type.googleapis.com/unknown.Kind", Value: []byte("x")},
-		{TypeUrl: "\xff"},
 	}
 	good, err := anypb.New(&errdetails.ErrorInfo{Reason: "KEPT"})
 	require(t, err)
