@@ -31,7 +31,7 @@ type Options struct {
 	// Target is unix:PATH, unix:///PATH or HOST:PORT. Empty: the environment variable KEYTURN_ADDRESS, else the socket
 	// where a sidecar of this machine listens by default.
 	Target string
-	// Token is a bearer token.
+	// Token is a bearer token. The zero Secret is none; one that is made of an empty text is refused.
 	Token Secret
 	// RootCertificates are the authorities to trust, in PEM; they turn TLS on.
 	RootCertificates []byte

@@ -156,13 +156,13 @@ func transport(options Options) (credentials.TransportCredentials, error) {
 	return credentials.NewTLS(config), nil
 }
 
-// bearer is what a call carries for the token; empty without one.
+// bearer is what a call carries for the token; empty without one. A token that is given and empty is a mistake: what should
+// have been in the environment is not there.
 func bearer(token Secret) (Secret, error) {
-	text := token.Reveal()
-	if text == "" {
+	if token.text == nil {
 		return Secret{}, nil
 	}
-	text = strings.TrimSpace(text)
+	text := strings.TrimSpace(token.Reveal())
 	if !bearerToken.MatchString(text) {
 		return Secret{}, invalid("Token is printable ASCII without spaces, and not empty")
 	}

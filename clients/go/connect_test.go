@@ -91,6 +91,7 @@ func TestOptionsThatCannotWorkAreRefusedByName(t *testing.T) {
 		"a token with a space":       {keyturn.Options{Target: "localhost:1", Token: keyturn.NewSecret("to ken")}, "Token"},
 		"a token with a line":        {keyturn.Options{Target: "localhost:1", Token: keyturn.NewSecret("to\nken")}, "Token"},
 		"a token beyond ASCII":       {keyturn.Options{Target: "localhost:1", Token: keyturn.NewSecret("tökén")}, "Token"},
+		"an empty token":             {keyturn.Options{Target: "localhost:1", Token: keyturn.NewSecret("")}, "Token"},
 		"a token of spaces":          {keyturn.Options{Target: "localhost:1", Token: keyturn.NewSecret(" ")}, "Token"},
 		"a timeout below zero":       {keyturn.Options{Target: "localhost:1", Timeout: -1}, "Timeout"},
 		"attempts below zero":        {keyturn.Options{Target: "localhost:1", Retries: keyturn.Retries{Attempts: -1}}, "Retries.Attempts"},

@@ -169,16 +169,21 @@ var none = map[string]any{}
 func (d *driver) open(c command) error {
 	made := &client{}
 	o := c.Options
+	var token keyturn.Secret
+	if o.Token != nil {
+		token = keyturn.NewSecret(*o.Token)
+	}
 	opened, err := keyturn.NewClient(keyturn.Options{
 		Target:           o.Target,
-		Token:            keyturn.NewSecret(o.Token),
+		Token:            token,
 		RootCertificates: []byte(o.RootCertificates),
 		CertificateChain: []byte(o.CertificateChain),
 		PrivateKey:       keyturn.NewSecret(o.PrivateKey),
 		TLS:              o.TLS,
-		Timeout:          spanOrZero(o.TimeoutMS),
+		Timeout:          required(span(o.TimeoutMS)),
 		Retries: keyturn.Retries{
-			Attempts: o.Retries.Attempts, FirstDelay: delay(o.Retries.FirstDelayMS), MaxDelay: delay(o.Retries.MaxDelayMS),
+			Attempts:   required(o.Retries.Attempts),
+			FirstDelay: delay(o.Retries.FirstDelayMS), MaxDelay: delay(o.Retries.MaxDelayMS),
 		},
 		QueueSize:    o.QueueSize,
 		CloseTimeout: delay(o.CloseTimeoutMS),
@@ -400,6 +405,18 @@ func spanOrZero(milliseconds *float64) time.Duration {
 		return 0
 	}
 	return *span(milliseconds)
+}
+
+// required is an option that cannot be zero: to Go's client a zero is not given, so that one which the host gives is given as
+// another value that cannot work.
+func required[T int | time.Duration](given *T) T {
+	switch {
+	case given == nil:
+		return 0
+	case *given == 0:
+		return -1
+	}
+	return *given
 }
 
 // delay is a span whose zero means the default to the client, and none to the host.

@@ -14,14 +14,14 @@ import (
 
 type options struct {
 	Target           string   `json:"target"`
-	Token            string   `json:"token"`
+	Token            *string  `json:"token"`
 	RootCertificates string   `json:"root_certificates"`
 	CertificateChain string   `json:"certificate_chain"`
 	PrivateKey       string   `json:"private_key"`
 	TLS              bool     `json:"tls"`
 	TimeoutMS        *float64 `json:"timeout_ms"`
 	Retries          struct {
-		Attempts     int      `json:"attempts"`
+		Attempts     *int     `json:"attempts"`
 		FirstDelayMS *float64 `json:"first_delay_ms"`
 		MaxDelayMS   *float64 `json:"max_delay_ms"`
 	} `json:"retries"`
