@@ -191,7 +191,7 @@ function decisionOf(decision: Decision, requestId?: string): Json {
     key: key ? keyOf(key) : null,
     ticket: ticket
       ? {
-          ticket: ticket.ticket.text,
+          ticket: ticket.ticket.reveal(),
           hold_micros: ticket.holdMicros,
           available_micros: ticket.availableMicros,
           expire_time: ticket.expireTime?.toISOString() ?? null,
@@ -210,7 +210,7 @@ function decisionOf(decision: Decision, requestId?: string): Json {
 
 function keyOf(key: KeyHandle): Json {
   return {
-    handle: key.handle.text,
+    handle: key.handle.reveal(),
     key_id: key.keyId,
     provider: key.provider,
     hint: key.hint,
@@ -236,7 +236,7 @@ function recordedOf(recorded: Recorded): Json {
 }
 
 function unsentOf({ record, error }: Unsent): Json {
-  return { [record.settles.kind]: record.settles.text, outcome: record.outcome, error: errorOf(error) };
+  return { [record.settles.kind]: record.settles.reveal(), outcome: record.outcome, error: errorOf(error) };
 }
 
 function errorOf(error: unknown): Json {

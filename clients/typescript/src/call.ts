@@ -102,7 +102,7 @@ export class Call implements AsyncDisposable {
    * The own key's secret, for libraries that sign by themselves; undefined when credits pay.
    * Taking it means that the request goes out.
    */
-  get secret(): Secret | undefined {
+  secret(): Secret | undefined {
     this.sending();
     return this.#decision.key?.secret;
   }

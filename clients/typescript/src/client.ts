@@ -30,6 +30,8 @@ import { Secret } from "./secret.js";
 import { pause, Stopping, unlessAborted } from "./stopping.js";
 import * as wire from "./wire.js";
 
+type Asking = Sendable<typeof RoutingService.method.decide.output>;
+
 /** The deadline of a batch of the background, whatever that of calls is. */
 const BATCH_TIMEOUT_MS = 10_000;
 
@@ -46,8 +48,9 @@ export class Client implements AsyncDisposable {
   readonly #background: Background<RecordMessage>;
   /** Aborted when nothing goes on any more. */
   readonly #ended = new AbortController();
-  /** Calls on their way, which `close` waits for. */
-  readonly #running = new Set<Promise<unknown>>();
+  /** How many calls are on their way, which `close` waits for. */
+  #running = 0;
+  #whenIdle: () => void = () => undefined;
   #closing: Promise<Unsent[]> | undefined;
   /** The sidecar was out of reach for a whole call, and has answered nothing since. */
   #down = false;
@@ -212,8 +215,10 @@ export class Client implements AsyncDisposable {
 
   /** Everything on its way has ended, and what came of it is sent. */
   async #settled(): Promise<void> {
-    while (this.#running.size > 0) {
-      await Promise.allSettled(this.#running);
+    while (this.#running > 0) {
+      await new Promise<void>((idle) => {
+        this.#whenIdle = idle;
+      });
     }
     await this.#background.flush();
   }
@@ -227,9 +232,7 @@ export class Client implements AsyncDisposable {
   async #decide(request: wire.IdentifiedRequest, owned: boolean, options: CallOptions): Promise<Decision> {
     const asking = sendable(RoutingService.method.decide, wire.decideRequest(request));
     try {
-      return owned
-        ? await this.#decideOrUndo(asking, options)
-        : wire.decision(await this.#call(asking, options));
+      return await (owned ? this.#askOrUndo(asking, options) : this.#ask(asking, options));
     } catch (error) {
       const { whenDown } = this.#options;
       if (!(error instanceof Unavailable) || whenDown === undefined || !(await whenDown(request, error))) {
@@ -239,26 +242,29 @@ export class Client implements AsyncDisposable {
     }
   }
 
+  async #ask(asking: Asking, options: CallOptions): Promise<Decision> {
+    return wire.decision(await this.#call(asking, options));
+  }
+
   /** Nobody but us knows the request id, so a cancelled decision is undone. */
-  async #decideOrUndo(
-    asking: Sendable<typeof RoutingService.method.decide.output>,
-    { timeoutMs, signal }: CallOptions,
-  ): Promise<Decision> {
+  async #askOrUndo(asking: Asking, { timeoutMs, signal }: CallOptions): Promise<Decision> {
     signal?.throwIfAborted();
-    const deciding = this.#call(asking, { timeoutMs }).then(wire.decision);
+    const deciding = this.#ask(asking, { timeoutMs });
     try {
       return await unlessAborted(deciding, signal);
     } catch (error) {
       if (signal?.aborted) {
-        // What does not get through is no worse than before: the hold expires.
-        void this.#run(
-          deciding.then(
-            ({ ticket }) => ticket && this.#recordOrReport({ settles: ticket, outcome: "NEVER_SENT" }),
-            () => undefined,
-          ),
-        );
+        void this.#run(() => this.#undo(deciding));
       }
       throw error;
+    }
+  }
+
+  async #undo(deciding: Promise<Decision>): Promise<void> {
+    // A decision that fails is no worse than before: if it placed a hold, that expires.
+    const decision = await deciding.catch(() => undefined);
+    if (decision?.ticket !== undefined) {
+      this.#recordOrReport({ settles: decision.ticket, outcome: "NEVER_SENT" });
     }
   }
 
@@ -297,7 +303,7 @@ export class Client implements AsyncDisposable {
       this.#down = false;
       return wire.batchResults(reply.answer.results, requests.length, wire.recorded);
     }
-    throw this.#heard(reply.failure());
+    throw this.#heard(wire.errorOfCall(reply.failed));
   }
 
   #call<O extends DescMessage>(
@@ -305,7 +311,7 @@ export class Client implements AsyncDisposable {
     options: CallOptions,
     attempts = this.#options.retries.attempts,
   ): Promise<MessageShape<O>> {
-    return this.#run(this.#attempt(request, options, attempts));
+    return this.#run(() => this.#attempt(request, options, attempts));
   }
 
   async #attempt<O extends DescMessage>(
@@ -326,7 +332,7 @@ export class Client implements AsyncDisposable {
         this.#down = false;
         return reply.answer;
       }
-      const error = this.#heard(reply.failure());
+      const error = this.#heard(wire.errorOfCall(reply.failed));
       const wait = attempts.waitAfter(error);
       if (wait === undefined) {
         this.#down ||= wire.isOutOfReach(error);
@@ -344,11 +350,16 @@ export class Client implements AsyncDisposable {
     return error;
   }
 
-  #run<T>(work: Promise<T>): Promise<T> {
-    this.#running.add(work);
-    const done = () => this.#running.delete(work);
-    work.then(done, done);
-    return work;
+  async #run<T>(work: () => Promise<T>): Promise<T> {
+    this.#running += 1;
+    try {
+      return await work();
+    } finally {
+      this.#running -= 1;
+      if (this.#running === 0) {
+        this.#whenIdle();
+      }
+    }
   }
 }
 

@@ -15,10 +15,8 @@ import {
   type ServiceError,
 } from "@grpc/grpc-js";
 
-import type { KeyturnError } from "./errors.js";
 import type { Options } from "./options.js";
 import { VERSION } from "./version.js";
-import { errorOfCall } from "./wire.js";
 
 const ALWAYS: ChannelOptions = {
   "grpc.primary_user_agent": `keyturn-typescript/${VERSION}`,
@@ -63,8 +61,14 @@ export function sendable<I extends DescMessage, O extends DescMessage>(
   };
 }
 
-/** An answer, or the failure as a function that makes its error where it is thrown. */
-export type Reply<T> = { readonly answer: T } | { readonly failure: () => KeyturnError };
+/** A status that is not OK, and what is packed with it. Only this is kept of gRPC's own error. */
+export interface Failed {
+  readonly code: number;
+  readonly message: string;
+  readonly details: Uint8Array | undefined;
+}
+
+export type Reply<T> = { readonly answer: T } | { readonly failed: Failed };
 
 export class Connection {
   readonly #channel: Channel;
@@ -99,8 +103,7 @@ export class Connection {
         { deadline: Date.now() + timeoutMs },
         (failure, answer) => {
           signal.removeEventListener("abort", cancel);
-          // Only what the error is made of is kept: gRPC's own holds metadata.
-          resolve(answer === undefined ? failed(failure) : { answer });
+          resolve(answer === undefined ? { failed: failedBy(failure) } : { answer });
         },
       );
       const cancel = () => call.cancel();
@@ -113,11 +116,13 @@ export class Connection {
   }
 }
 
-function failed(failure: ServiceError | null): { failure: () => KeyturnError } {
-  const code = failure?.code ?? -1;
-  const message = failure?.details ?? "no answer";
-  const packed = failure?.metadata?.get("grpc-status-details-bin")[0];
-  return { failure: () => errorOfCall(code, message, packed instanceof Uint8Array ? packed : undefined) };
+function failedBy(error: ServiceError | null): Failed {
+  const details = error?.metadata?.get("grpc-status-details-bin")[0];
+  return {
+    code: error?.code ?? -1,
+    message: error?.details ?? "no answer",
+    details: details instanceof Uint8Array ? details : undefined,
+  };
 }
 
 function channelCredentials({ tls, rootCertificates, privateKey, certificateChain }: Options) {

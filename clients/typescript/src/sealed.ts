@@ -16,8 +16,8 @@ abstract class Sealed {
 
   abstract get kind(): "handle" | "ticket";
 
-  /** The whole text, to send and to store. */
-  get text(): string {
+  /** The whole text, to send and to store. No getter: some printers read those. */
+  reveal(): string {
     return this.#text;
   }
 

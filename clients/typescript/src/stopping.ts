@@ -46,7 +46,7 @@ export function pause(ms: number, signal: AbortSignal): Promise<void> {
 /** What `work` comes to, unless `signal` is aborted first: then its reason, and `work` goes on. */
 export async function unlessAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (signal === undefined) {
-    return work;
+    return await work;
   }
   using stopping = new Stopping(signal);
   const { signal: stopped } = stopping;

@@ -3,7 +3,7 @@
 import { create, fromBinary, type MessageInitShape } from "@bufbuild/protobuf";
 import type { Any, Duration, DurationSchema, Timestamp } from "@bufbuild/protobuf/wkt";
 import { timestampDate } from "@bufbuild/protobuf/wkt";
-
+import type { Failed } from "./connection.js";
 import {
   type Details,
   errorOf,
@@ -72,7 +72,7 @@ export function decideRequest(asked: IdentifiedRequest): pb.DecideRequest {
 export function recordRequest(record: SealedRecord): pb.RecordRequest {
   const { settles } = record;
   return create(pb.RecordRequestSchema, {
-    settles: { case: settles.kind === "handle" ? "keyHandle" : "creditTicket", value: settles.text },
+    settles: { case: settles.kind === "handle" ? "keyHandle" : "creditTicket", value: settles.reveal() },
     outcome: outcomeNumber(record.outcome),
     ...recordFields(record),
   });
@@ -180,7 +180,7 @@ export function batchResults<R, V>(
 }
 
 /** The error of a failed call, with the details that came in `grpc-status-details-bin`. */
-export function errorOfCall(code: number, message: string, packed: Uint8Array | undefined): KeyturnError {
+export function errorOfCall({ code, message, details: packed }: Failed): KeyturnError {
   let found: Details = {};
   if (packed !== undefined) {
     // Details are an extra: garbled ones must never mask the status itself.
@@ -188,7 +188,10 @@ export function errorOfCall(code: number, message: string, packed: Uint8Array | 
       found = readDetails(fromBinary(StatusSchema, packed).details);
     } catch {}
   }
-  return errorOf(statusCode(code), message, found);
+  const error = errorOf(statusCode(code), message, found);
+  // Ten frames are kept: the caller's are worth more than ours.
+  Error.captureStackTrace(error, errorOfCall);
+  return error;
 }
 
 function errorOfStatus(status: Status): KeyturnError {
@@ -286,7 +289,7 @@ function handleText(key: KeyHandle | SealedHandle): string {
   if (!(handle instanceof SealedHandle)) {
     throw new TypeError("a key is given as a KeyHandle, or a SealedHandle made from a stored text");
   }
-  return handle.text;
+  return handle.reveal();
 }
 
 function text(name: string, value: string): string {
