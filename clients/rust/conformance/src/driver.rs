@@ -282,8 +282,13 @@ impl Driver {
         let done = |result: Result<(), Error>| result.map(|()| json!({})).map_err(Raised::from);
         Ok(match json::text(command, "op")?.as_str() {
             "headers" => {
-                let platform = json::headers(&command["platform"])?;
-                call.headers(&platform).map(|headers| json::from_headers(&headers)).map_err(Raised::from)
+                let platform = &command["platform"];
+                let headers = call.headers(&json::headers(platform)?).map_err(Raised::from);
+                let of_platform = platform.as_object().into_iter().flat_map(|given| given.keys());
+                let of_key = call.key().map(|key| key.auth_header.as_str());
+                headers.map(|found| {
+                    json::from_headers(&found, of_key.into_iter().chain(of_platform.map(String::as_str)))
+                })
             }
             "sending" => done(call.sending()),
             "succeeded" => done(call.succeeded()),

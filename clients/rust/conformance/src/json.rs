@@ -4,6 +4,7 @@ use std::fmt::{self, Write as _};
 use std::str::FromStr;
 use std::time::{Duration, SystemTime};
 
+use http::{HeaderName, HeaderValue};
 use keyturn::{
     Code, CreditTicket, DecideRequest, Decision, Denial, Error, Explanation, Failure, HeaderMap, KeyHandle,
     Note, Options, Outcome, RecordRequest, Recorded, Retries, SealedHandle, SealedTicket, Settles, Unsent,
@@ -165,13 +166,14 @@ pub fn headers(given: &Value) -> Result<HeaderMap, Defect> {
         .map_err(|error| error.to_string())
 }
 
-pub fn from_headers(headers: &HeaderMap) -> Value {
-    let text = |value: &[u8]| Value::from(String::from_utf8_lossy(value));
-    headers
-        .iter()
-        .map(|(name, value)| (name.to_string(), text(value.as_bytes())))
-        .collect::<Map<_, _>>()
-        .into()
+/// Header names are in lower case here, as everywhere with `http`; `spelled` has them as they were given.
+pub fn from_headers<'a>(headers: &HeaderMap, spelled: impl Iterator<Item = &'a str> + Clone) -> Value {
+    let named = |(name, value): (&HeaderName, &HeaderValue)| {
+        let given = spelled.clone().find(|given| name.as_str().eq_ignore_ascii_case(given));
+        let value = String::from_utf8_lossy(value.as_bytes());
+        (given.unwrap_or(name.as_str()).to_string(), Value::from(value))
+    };
+    headers.iter().map(named).collect::<Map<_, _>>().into()
 }
 
 pub fn decision(decision: &Decision, request_id: Option<&str>) -> Value {
