@@ -232,6 +232,7 @@ SYMPTOMS: dict[str, dict[str, str]] = {
         "server does not support the reflection API": "grpcurl -plaintext unix:{bare} list",
         "first record does not look like a TLS handshake": "grpcurl {tcp} list",
         "certificate signed by unknown authority": "grpcurl {tls} list",
+        "certificate is valid for": "grpcurl -cacert ca.pem -authority other.example {tls} list",
         "This caller is not known here.": "grpcurl -cacert ca.pem {tls} list",
         "This method is for the role": (
             f"grpcurl -cacert ca.pem -H 'authorization: Bearer {TOKEN}'"
@@ -265,6 +266,9 @@ SYMPTOMS: dict[str, dict[str, str]] = {
             "{curl} --schema protos https://{tcp}/{routing}/Decide"
         ),
         "certificate signed by unknown authority": "{curl} --schema protos https://{tls}/{routing}/Decide",
+        "certificate is valid for": (
+            "{curl} --cacert ca.pem --servername other.example --schema protos https://{tls}/{routing}/Decide"
+        ),
         "unexpected EOF": (
             "{curl} --schema protos http://{tls}/{routing}/Decide\n"
             "{curl} --cacert ca.pem --schema protos https://{mutual}/{routing}/Decide"
