@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 import pytest_asyncio
@@ -56,7 +56,7 @@ class Gateway:
 
     url: str
     process: asyncio.subprocess.Process
-    http: httpx.AsyncClient
+    http: httpx2.AsyncClient
 
     def sdk(self, user: str) -> openai.AsyncOpenAI:
         """The official SDK, as this user. It retries nothing, so that a test sees each answer."""
@@ -97,7 +97,7 @@ async def running(suite: Suite, sidecar: str, llm: LlmProviders) -> AsyncIterato
             async with asyncio.timeout(_LIMIT_SECONDS):
                 line = (await process.stdout.readline()).decode().strip()
             assert line.startswith(_LISTENING), f"it said {line!r}: {read_log()}"
-            async with httpx.AsyncClient(timeout=_LIMIT_SECONDS) as http:
+            async with httpx2.AsyncClient(timeout=_LIMIT_SECONDS) as http:
                 gateway = Gateway(url=line.removeprefix(_LISTENING), process=process, http=http)
                 yield gateway
             if process.returncode is None:
@@ -329,7 +329,7 @@ async def test_a_caller_who_hangs_up_ends_the_request_and_pays_for_nothing(scene
 async def test_a_stream_that_breaks_off_is_the_providers_error(scene: Scene) -> None:
     payer = await scene.payer()
     scene.llm.will(PLATFORM_KEY, breaks_off(2))
-    with pytest.raises((openai.APIConnectionError, httpx.TransportError, openai.APIError)):
+    with pytest.raises((openai.APIConnectionError, httpx2.TransportError, openai.APIError)):
         await streamed(scene, payer)
     assert await scene.holds("outcome", "charged_micros") == [("PROVIDER_ERROR", 0)]
 
