@@ -9,7 +9,7 @@ rm -rf dist
 at=dist/$module/@v
 mkdir -p "$at"
 # The licence is that of the repository: for a module in a directory below the top the go command puts it in.
-git archive --format=zip --prefix="$module@$version/" --add-file="$top/LICENSE" --output="$at/$version.zip" HEAD:./
+git archive --format=zip --prefix="$module@$version/" --add-file="$top/LICENSE" --output="$at/$version.zip" HEAD
 git show HEAD:./go.mod >"$at/$version.mod"
 printf '{"Version": "%s", "Time": "%s"}\n' "$version" "$(TZ=UTC git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd)" >"$at/$version.info"
 

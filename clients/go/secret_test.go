@@ -162,7 +162,8 @@ func TestNothingPrintsASecretAHandleATicketOrAToken(t *testing.T) {
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d"} {
 		equal(t, verb, fmt.Sprintf(verb, client), "keyturn.Client("+s.target+")")
 	}
-	logged, err := json.Marshal(client)
+	var shown any = client
+	logged, err := json.Marshal(shown)
 	require(t, err)
 	equal(t, "JSON", string(logged), "{}")
 }
