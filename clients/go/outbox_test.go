@@ -196,8 +196,13 @@ func TestCloseGivesUpAndGivesBackWhatIsLeft(t *testing.T) {
 	for i := range 3 {
 		require(t, client.RecordLater(numbered(i)))
 	}
-	eventually(t, "an attempt", func() bool { return len(s.records()) > 0 })
+	eventually(t, "a second attempt", func() bool { return len(requests[*keyturnv1.BatchRecordRequest](s)) > 1 })
+	flushed := make(chan error)
+	go func() { flushed <- client.Flush(context.Background()) }()
 	left := client.Close()
+	if err := <-flushed; err != nil && !errors.Is(err, keyturn.ErrClosed) {
+		t.Error(err)
+	}
 	equal(t, "left", len(left), 3)
 	for i, each := range left {
 		equal(t, "which", each.Record.Settles.(keyturn.SealedTicket).Text(), fmt.Sprintf("ticket-%d", i))
