@@ -10,6 +10,7 @@ import io.grpc.Metadata;
 import io.grpc.MethodDescriptor;
 import io.grpc.TlsChannelCredentials;
 import io.grpc.netty.shaded.io.grpc.netty.NettyChannelBuilder;
+import io.grpc.netty.shaded.io.netty.channel.ChannelOption;
 import io.grpc.netty.shaded.io.netty.channel.EventLoopGroup;
 import io.grpc.netty.shaded.io.netty.channel.nio.NioEventLoopGroup;
 import io.grpc.netty.shaded.io.netty.channel.socket.nio.NioDomainSocketChannel;
@@ -193,6 +194,7 @@ final class Connection {
       builder =
           NettyChannelBuilder.forAddress(UnixDomainSocketAddress.of(target.socket()), credentials)
               .channelType(NioDomainSocketChannel.class, UnixDomainSocketAddress.class)
+              .withOption(ChannelOption.SO_KEEPALIVE, null) // unknown there, and warned about
               .overrideAuthority("localhost");
     } else {
       builder =
