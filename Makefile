@@ -5,8 +5,10 @@ BIN    := $(VENV)/bin
 PROTOS := $(wildcard protos/keyturn/v1/*.proto)
 ARGS   ?=
 
+GRPCURL := github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3
+
 .DEFAULT_GOAL := help
-.PHONY: help setup protos demo serve test check fmt bench bench-simulate clean release-protos schema
+.PHONY: help setup tools protos demo serve test check fmt bench bench-simulate clean release-protos schema
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -20,6 +22,13 @@ $(VENV)/.ready: pyproject.toml protos/generate.py $(PROTOS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,embedded]' --group dev
 	@touch $@
 
+tools: .tools/$(notdir $(GRPCURL)) ## build grpcurl into .tools/bin; needs Go
+
+.tools/$(notdir $(GRPCURL)):
+	@command -v go > /dev/null || { echo "grpcurl is built by Go, and there is no go on PATH" >&2; exit 1; }
+	GOBIN="$(CURDIR)/.tools/bin" go install $(GRPCURL)
+	@touch $@
+
 protos: setup ## generate the Python stubs again
 	$(BIN)/python protos/generate.py
 
@@ -29,7 +38,7 @@ demo: setup ## show the main job on an embedded PostgreSQL (ARGS=--once: show it
 serve: setup ## run the sidecar (ARGS='--embedded DIR …')
 	@$(BIN)/keyturn serve $(ARGS)
 
-test: setup ## run every test (ARGS='-k name' to choose)
+test: setup $(if $(shell command -v go 2> /dev/null),tools) ## run every test (ARGS='-k name' to choose)
 	$(BIN)/python -m pytest $(ARGS)
 
 check: setup ## lint, types, import contracts, protos
@@ -59,5 +68,5 @@ bench-simulate: setup ## measure SimulateFlags over a million recorded requests 
 	$(BIN)/python -m tests.bench.simulate $(ARGS)
 
 clean: ## remove what the tasks made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .tools .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	rm -f clients/python/keyturn/v1/*_pb2*

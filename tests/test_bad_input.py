@@ -14,6 +14,7 @@ from keyturn.v1 import routing_service_pb2 as pb
 from keyturn_server.keys.tokens import TokenRoot, TokenSealer
 from tests.factories import Connection, Factory
 from tests.refusals import Refusal, contents, refused
+from tests.sealing import sealer_of
 from tests.support import Fault, Sidecar
 
 SUCCESS = pb.OUTCOME_SUCCESS
@@ -166,12 +167,6 @@ async def test_an_outcome_of_a_newer_client_is_taken_as_unknown(
 def changed_in_the_middle(token: str) -> str:
     place = len(token) // 2
     return token[:place] + ("A" if token[place] != "A" else "B") + token[place + 1 :]
-
-
-async def sealer_of(sql: Connection) -> TokenSealer:
-    """Seals as the sidecars on this database do."""
-    rows = await sql.fetch("SELECT id, secret FROM token_roots ORDER BY created_at DESC")
-    return TokenSealer([TokenRoot(row["id"], row["secret"]) for row in rows])
 
 
 async def test_a_token_that_does_not_open_is_refused_with_the_cause(

@@ -143,17 +143,50 @@ async def served(script: str, directory: Path) -> AsyncIterator[list[str]]:
     assert process.returncode == 0, "".join(log) + rest.decode()
 
 
+def pattern(shown: str) -> str:
+    """The regular expression of a text that is cut short with `…`."""
+    return ".+".join(map(re.escape, shown.split("…")))
+
+
 def assert_alike(shown: Any, actual: Any) -> None:
-    """Equal, but for texts that are cut short with `…`."""
-    if isinstance(shown, dict):
+    """Equal, but for what is cut short with `…`: texts, whole values, and one run of a list's items each."""
+    if shown == "…":
+        assert actual
+    elif isinstance(shown, dict):
+        assert isinstance(actual, dict)
         assert shown.keys() == actual.keys()
         for key, value in shown.items():
             assert_alike(value, actual[key])
+    elif isinstance(shown, list):
+        assert isinstance(actual, list)
+        _assert_items_alike(shown, actual)
     elif isinstance(shown, str) and "…" in shown:
         assert isinstance(actual, str)
-        assert actual
+        assert re.fullmatch(pattern(shown), actual), f"{actual!r} is not {shown!r}"
     else:
         assert shown == actual
+
+
+def _assert_items_alike(shown: list[Any], actual: list[Any]) -> None:
+    rest, skips = list(actual), False
+    for item in shown:
+        if item == "…":
+            skips = True
+            continue
+        while skips and rest and not _is_alike(item, rest[0]):
+            rest.pop(0)
+        assert rest, f"there is no {item!r} in {actual!r}"
+        assert_alike(item, rest.pop(0))
+        skips = False
+    assert skips or not rest, f"{rest!r} is not shown"
+
+
+def _is_alike(shown: Any, actual: Any) -> bool:
+    try:
+        assert_alike(shown, actual)
+    except AssertionError:
+        return False
+    return True
 
 
 async def test_the_shell_snippets_of_the_readme_do_what_it_says() -> None:

@@ -178,7 +178,8 @@ class Sidecar(RoutingServiceServicer):
         return self._answer("BatchDecide", request, context, pb.BatchDecideResponse())
 
     def BatchRecord(self, request: pb.BatchRecordRequest, context: Any) -> Any:
-        return self._answer("BatchRecord", request, context, pb.BatchRecordResponse())
+        taken = [pb.BatchRecordResult(response=recorded()) for _ in request.requests]
+        return self._answer("BatchRecord", request, context, pb.BatchRecordResponse(results=taken))
 
     def _answer(self, method: str, request: Any, context: Any, default: Message) -> Any:
         seconds_left = context.time_remaining()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -20,6 +22,7 @@ from keyturn import (
     Denied,
     InvalidArgument,
     Outcome,
+    SealedTicket,
     Secret,
     Unavailable,
 )
@@ -80,6 +83,15 @@ def is_rate_limited(call: Any) -> None:
         error_message="slow down",
         retry_after=timedelta(seconds=20),
     )
+
+
+def says_succeeded(call: Any) -> None:
+    call.succeeded()
+
+
+def fails_after_succeeding(call: Any) -> None:
+    call.succeeded()
+    is_rate_limited(call)
 
 
 def decides_not_to_send(call: Any) -> None:
@@ -143,7 +155,9 @@ TABLE = [
             http_status=200,
         ),
     ),
+    Case(says_succeeded, pb.RecordRequest(outcome=SUCCESS), pb.RecordRequest(outcome=SUCCESS)),
     Case(is_rate_limited, RATE_LIMITED, RATE_LIMITED),
+    Case(fails_after_succeeding, RATE_LIMITED, RATE_LIMITED),
     Case(
         decides_not_to_send,
         pb.RecordRequest(outcome=pb.OUTCOME_NEVER_SENT),
@@ -476,79 +490,146 @@ class Gate:
         await asyncio.to_thread(self.arrived.wait, 60)
 
 
-async def test_the_record_survives_the_cancellation_of_the_caller_however_often(
-    aclient: AsyncClient, sidecar: Sidecar
+@pytest.mark.parametrize("ends", ["cancelled", "well", "with finish"])
+async def test_a_record_whose_caller_is_cancelled_is_carried_on_in_the_background(
+    aclient: AsyncClient, sidecar: Sidecar, ends: str
 ) -> None:
     gate = Gate(scripted.recorded())
     sidecar.answers("Record", gate)
-    call = aclient.request(**ASK)
     inside = asyncio.Event()
 
     async def caller() -> None:
-        async with call:
+        async with aclient.request(**ASK) as call:
             call.used(input_tokens=3)
             inside.set()
-            await asyncio.sleep(3600)
+            if ends == "cancelled":
+                await asyncio.Event().wait()
+            if ends == "with finish":
+                await call.finish()
 
     task = asyncio.create_task(caller())
     await inside.wait()
-    task.cancel()
-    await gate.reached()
-    for _ in range(3):
+    if ends == "cancelled":
         task.cancel()
-        await asyncio.sleep(0)
-    assert not task.done()
-    gate.opened.set()
-    with pytest.raises(asyncio.CancelledError):
+    await gate.reached()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):  # at once: the gate is still shut
         await task
-    assert call.recorded is not None
-    (sent,) = sidecar.calls("Record")
-    assert (sent.outcome, sent.usage.input_tokens) == (CANCELLED, 3)
+    await aclient.flush()
+    gate.opened.set()
+    (batch,) = sidecar.calls("BatchRecord")
+    assert list(batch.requests) == sidecar.calls("Record")
+    (sent,) = batch.requests
+    assert (sent.outcome, sent.usage.input_tokens) == (CANCELLED if ends == "cancelled" else SUCCESS, 3)
 
 
-async def test_a_cancellation_while_recording_a_success_still_records_it(
+async def test_a_plain_record_whose_caller_is_cancelled_is_carried_on_too(
     aclient: AsyncClient, sidecar: Sidecar
 ) -> None:
     gate = Gate(scripted.recorded())
     sidecar.answers("Record", gate)
-    call = aclient.request(**ASK)
-
-    async def caller() -> None:
-        async with call:
-            call.used(input_tokens=3)
-
-    task = asyncio.create_task(caller())
+    task = asyncio.create_task(aclient.record(SealedTicket(TICKET), Outcome.SUCCESS, cost_micros=7))
     await gate.reached()
     task.cancel()
-    await asyncio.sleep(0)
-    gate.opened.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert call.recorded is not None
-    (sent,) = sidecar.calls("Record")
-    assert sent.outcome == SUCCESS
+    gate.opened.set()
+    await aclient.close()
+    (batch,) = sidecar.calls("BatchRecord")
+    assert list(batch.requests) == sidecar.calls("Record")
 
 
-async def test_a_record_that_fails_under_a_cancellation_is_a_note_on_it(
+async def test_a_refusal_whose_caller_is_cancelled_is_recorded(
     aclient: AsyncClient, sidecar: Sidecar
 ) -> None:
-    gate = Gate(CONFLICT)
-    sidecar.answers("Record", gate)
-    call = aclient.request(**ASK)
+    gate = Gate(scripted.recorded())
+    sidecar.answers("Decide", scripted.own_key())
+    sidecar.answers("Record", gate, scripted.recorded())
 
     async def caller() -> None:
-        async with call:
-            pass
+        async with aclient.request(**ASK) as call:
+            await call.key_refused(error_message="no such key")
 
     task = asyncio.create_task(caller())
     await gate.reached()
     task.cancel()
-    await asyncio.sleep(0)
-    gate.opened.set()
-    with pytest.raises(asyncio.CancelledError) as caught:
+    with pytest.raises(asyncio.CancelledError):
         await task
-    assert "AlreadyExists" in caught.value.__notes__[0]
-    assert call.unrecorded is not None
+    gate.opened.set()
+    await aclient.flush()
+    (batch,) = sidecar.calls("BatchRecord")
+    assert {each.SerializeToString() for each in (*batch.requests, *sidecar.calls("Record"))} == {
+        pb.RecordRequest(
+            key_handle=HANDLE,
+            outcome=pb.OUTCOME_AUTH_REJECTED,
+            http_status=401,
+            error_message="no such key",
+        ).SerializeToString()
+    }
+    assert len(sidecar.calls("Decide")) == 1
+
+
+class Alarm(BaseException):
+    """What a signal's handler raises."""
+
+
+@contextmanager
+def alarm_when(reached: threading.Event) -> Iterator[None]:
+    """An exception in this, the main, thread once `reached` is set."""
+
+    def ring(number: int, frame: object) -> None:
+        raise Alarm
+
+    def wait_and_ring() -> None:
+        reached.wait(60)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, ring)
+    thread = threading.Thread(target=wait_and_ring)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_decision_that_a_signal_interrupts_leaves_no_hold_behind(client: Client, sidecar: Sidecar) -> None:
+    gate = Gate(scripted.credits_pay())
+    sidecar.answers("Decide", gate, scripted.credits_pay())
+    with alarm_when(gate.arrived), pytest.raises(Alarm):
+        client.decide(**ASK)
+    client.close()
+    gate.opened.set()
+    first, again = sidecar.calls("Decide")
+    assert first.request_id == again.request_id
+    assert sidecar.calls("Record") == [pb.RecordRequest(credit_ticket=TICKET, outcome=pb.OUTCOME_NEVER_SENT)]
+
+
+def test_a_decision_with_the_callers_own_id_that_a_signal_interrupts_is_not_undone(
+    client: Client, sidecar: Sidecar
+) -> None:
+    gate = Gate(scripted.credits_pay())
+    sidecar.answers("Decide", gate, scripted.credits_pay())
+    with alarm_when(gate.arrived), pytest.raises(Alarm):
+        client.decide(**ASK, request_id="r1")
+    client.close()
+    gate.opened.set()
+    assert len(sidecar.calls("Decide")) == 1
+    assert sidecar.calls("Record") == []
+
+
+def test_a_record_that_a_signal_interrupts_is_carried_on_in_the_background(
+    client: Client, sidecar: Sidecar
+) -> None:
+    gate = Gate(scripted.recorded())
+    sidecar.answers("Record", gate)
+    with alarm_when(gate.arrived), pytest.raises(Alarm), client.request(**ASK) as call:
+        call.used(input_tokens=3)
+    client.close()
+    gate.opened.set()
+    (batch,) = sidecar.calls("BatchRecord")
+    assert list(batch.requests) == sidecar.calls("Record")
 
 
 async def test_a_timeout_around_the_block_is_a_timeout_and_recorded(

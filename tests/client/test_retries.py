@@ -26,7 +26,7 @@ from keyturn import (
     Unavailable,
     errors,
 )
-from keyturn.retries import Attempts
+from keyturn.retries import Attempts, Reach
 from keyturn.v1 import routing_service_pb2 as pb
 from tests.client import scripted
 from tests.client.conftest import PATIENCE, Connect, Either
@@ -146,10 +146,10 @@ def test_a_sidecar_that_starts_late_is_found_by_the_retries(tmp_path: Path) -> N
     answers = []
 
     def ask() -> None:
+        with Client(address, retries=Retries(attempts=1)) as client, pytest.raises(Unavailable):
+            client.decide(**ASK, timeout=PATIENCE)
+        failed.set()
         with Client(address, timeout=PATIENCE, retries=retries) as client:
-            with pytest.raises(Unavailable):
-                client.redeem(HANDLE)
-            failed.set()
             answers.append(client.decide(**ASK))
 
     asking = threading.Thread(target=ask)
@@ -174,6 +174,7 @@ def attempts(retries: Retries, *, seconds: float = 1000, share: float = 1.0) -> 
     made = Attempts(
         retries,
         timedelta(seconds=seconds),
+        Reach(),
         clock=lambda: now[0],
         jitter=lambda low, high: low + (high - low) * share,
     )

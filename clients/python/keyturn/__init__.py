@@ -17,6 +17,7 @@ from keyturn.errors import (
     KeyturnError,
     NotFound,
     PermissionDenied,
+    QueueFull,
     Resource,
     ResourceExhausted,
     Unauthenticated,
@@ -42,8 +43,10 @@ from keyturn.model import (
     RecordRequest,
     SealedHandle,
     SealedTicket,
+    Unsent,
     Usage,
 )
+from keyturn.outcomes import outcome_of
 from keyturn.retries import Retries
 from keyturn.secret import Secret
 
@@ -78,6 +81,7 @@ __all__ = [
     "NotFound",
     "Outcome",
     "PermissionDenied",
+    "QueueFull",
     "Reason",
     "RecordRequest",
     "Recorded",
@@ -89,6 +93,8 @@ __all__ = [
     "Secret",
     "Unauthenticated",
     "Unavailable",
+    "Unsent",
     "Usage",
     "__version__",
+    "outcome_of",
 ]

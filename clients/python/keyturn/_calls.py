@@ -31,7 +31,7 @@ class CallState:
     What is recorded when the block ends:
 
     - an outcome given with `failed`: that one, however the block ended;
-    - the block ended normally: SUCCESS;
+    - the block ended normally, or said `succeeded`: SUCCESS;
     - it raised (cancellation, KeyboardInterrupt and GeneratorExit too) after the request had gone
       out: CLIENT_CANCELLED, with the usage so far;
     - it raised before: NEVER_SENT.
@@ -41,20 +41,22 @@ class CallState:
     `failed(Outcome.NEVER_SENT)`; otherwise SUCCESS with nothing noted charges the hold.
 
     What notes or takes something raises `RuntimeError` outside the block; `decision`, `key`,
-    `ticket` and `recorded` can be read after it.
+    `ticket` and `recorded` can be read after it. An unmetered call records nothing.
     """
 
     recorded: Recorded | None = None
-    """The answer to the record, once the block has ended."""
+    """The answer to the record, once the block has ended. None when that went to the background."""
     unrecorded: RecordRequest | None = None
     """The record that failed at the block's end; `record_many` takes it later."""
 
     def __init__(self, fields: RequestFields) -> None:
         self._request = DecideRequest(**fields, redeem=False)  # a block needs the secret inline
+        self._owned = not fields.get("request_id")
         self._decision: Decision | None = None
         self._entered = False
         self._open = False
         self._gone_out = False
+        self._succeeded = False
         self._outcome: Outcome | None = None
         self._noted: RecordFields = {}
 
@@ -132,6 +134,14 @@ class CallState:
         self.sending()
         self._noted["cost_micros"] = micros
 
+    def succeeded(self) -> None:
+        """The provider answered: SUCCESS is recorded, even if the block raises after this.
+
+        A block that ends normally says so by itself.
+        """
+        self.sending()
+        self._succeeded = True
+
     def failed(
         self,
         outcome: Outcome,
@@ -186,6 +196,7 @@ class CallState:
     def _take(self, decision: Decision) -> None:
         """A new route, with nothing noted about it. Raises `Denied` when there is none."""
         self._gone_out = False
+        self._succeeded = False
         self._outcome = None
         self._noted = {}
         if not decision.allowed:
@@ -216,19 +227,19 @@ class CallState:
             self._request = replace(self._request, failed_keys=failed_keys)
 
     def _close(self, raised: BaseException | None) -> RecordRequest | None:
-        """What there is to record now that the block has ended."""
+        """What there is to record now that the call has ended."""
         if not self._open:
             return None
-        settles = self.decision
         self._open = False
+        if self.decision.unmetered:
+            return None
         if self._outcome is not None:
             outcome = self._outcome
-        elif raised is None:
+        elif raised is None or self._succeeded:
             outcome = Outcome.SUCCESS
         else:
             outcome = Outcome.CLIENT_CANCELLED if self._gone_out else Outcome.NEVER_SENT
-        self.unrecorded = RecordRequest(settles, outcome, **self._noted)
-        return self.unrecorded
+        return RecordRequest(self.decision, outcome, **self._noted)
 
     def _closed(self, recorded: Recorded) -> None:
         self.recorded = recorded

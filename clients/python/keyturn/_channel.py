@@ -80,8 +80,14 @@ def connection(
             " tokens do not cross the network in plain text"
         )
     else:
-        # A peer that vanished without a word is noticed by pings, not by TCP after minutes.
-        options |= {"grpc.keepalive_time_ms": 30_000, "grpc.keepalive_timeout_ms": 5_000}
+        # A peer that vanished without a word is noticed by pings, not by TCP after minutes; between
+        # calls too, so that the next one finds a connection that works.
+        options |= {
+            "grpc.keepalive_time_ms": 30_000,
+            "grpc.keepalive_timeout_ms": 5_000,
+            "grpc.keepalive_permit_without_calls": 1,
+            "grpc.http2.max_pings_without_data": 0,
+        }
     return Connection(
         target=target,
         options=list(options.items()),

@@ -13,8 +13,8 @@ from keyturn.secret import Secret
 from keyturn.v1 import policy_pb2
 from keyturn.v1 import routing_service_pb2 as pb
 
-_MAX_ERROR_TEXT = 2_000
-"""Characters of a provider's error to send: the server keeps 500, and refuses calls over 64 KiB."""
+_MAX_ERROR_TEXT = 500
+"""Characters of a provider's error to send: as many as the server keeps."""
 
 _Word = TypeVar("_Word", bound=str)
 
@@ -32,8 +32,13 @@ class _Enum(Generic[_Word]):
         return word if word is not None else self._kind(f"UNRECOGNIZED_{number}")
 
     def number(self, word: _Word) -> Any:
-        """Raises `ValueError` for a word that the contract does not have."""
+        """Raises `ValueError` for a word that the contract does not have.
+
+        A number that only a newer contract knows goes back as it came.
+        """
         number = self._numbers.get(word)
+        if number is None and word.startswith("UNRECOGNIZED_"):
+            return int(word.removeprefix("UNRECOGNIZED_"))
         if number is None:
             raise ValueError(f"{word} is no {self._kind.__name__} that this client can send")
         return number
@@ -105,7 +110,11 @@ def batch_decide_request(asked: Iterable[model.DecideRequest]) -> pb.BatchDecide
 
 
 def batch_record_request(records: Iterable[model.RecordRequest]) -> pb.BatchRecordRequest:
-    return pb.BatchRecordRequest(requests=map(record_request, records))
+    return batch_of(map(record_request, records))
+
+
+def batch_of(records: Iterable[pb.RecordRequest]) -> pb.BatchRecordRequest:
+    return pb.BatchRecordRequest(requests=records)
 
 
 def decision(response: pb.DecideResponse) -> model.Decision:

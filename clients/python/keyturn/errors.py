@@ -16,6 +16,8 @@
                                  an `except KeyturnError` that lets requests pass while the sidecar
                                  is down must not let a denial pass
 
+    QueueFull                    `record_later` has no room; the record is still the caller's
+
 A status that has no class here (CANCELLED, UNIMPLEMENTED, …) is a plain `KeyturnError`.
 """
 
@@ -33,7 +35,7 @@ import grpc
 from google.protobuf import any_pb2
 
 from keyturn import _details
-from keyturn.model import Decision
+from keyturn.model import Decision, RecordRequest
 from keyturn.v1 import status_pb2
 
 
@@ -151,6 +153,16 @@ class Denied(Exception):
         return f"{denial.reason}: {self.decision.message}"
 
 
+class QueueFull(Exception):
+    """`record_later` has no room for `record`: it is still the caller's, for `record` or for later."""
+
+    record: RecordRequest
+
+    def __init__(self, record: RecordRequest) -> None:
+        super().__init__("the queue of records is full")
+        self.record = record
+
+
 _CLASSES: dict[grpc.StatusCode, type[KeyturnError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
@@ -166,6 +178,12 @@ _CLASSES: dict[grpc.StatusCode, type[KeyturnError]] = {
     grpc.StatusCode.DATA_LOSS: InternalError,
 }
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def came_from_the_sidecar(error: KeyturnError) -> bool:
+    """Whether the sidecar, or its guard, said so; else it is gRPC's own word that nobody answered."""
+    silent = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+    return bool(error.reason) or error.code not in silent
 
 
 def from_rpc(error: grpc.RpcError) -> KeyturnError:

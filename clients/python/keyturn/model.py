@@ -215,7 +215,8 @@ class Decision:
     """Whose credential pays: one of `key`, `ticket` and `denial` is set.
 
     None of them is set when a newer server answers with a route that this client does not know;
-    then `allowed` is False too.
+    then `allowed` is False too. Nor is one when the sidecar is down and the client's `when_down` let
+    the request pass all the same: then `unmetered` is True.
     """
 
     decision_id: str
@@ -230,11 +231,26 @@ class Decision:
     key: KeyHandle | None = None
     ticket: CreditTicket | None = None
     denial: Denial | None = None
+    unmetered: bool = False
+    """Nobody was asked: the platform pays, and nothing is recorded."""
 
     @property
     def allowed(self) -> bool:
         """Whether someone's credential pays."""
-        return self.key is not None or self.ticket is not None
+        return self.key is not None or self.ticket is not None or self.unmetered
+
+
+def unmetered_decision() -> Decision:
+    """The decision of `when_down`: the platform pays, and nothing is recorded."""
+    return Decision(
+        decision_id="",
+        mode=Mode.UNSPECIFIED,
+        reason=Reason.UNSPECIFIED,
+        message="The sidecar is down; the request goes ahead unmetered, on the platform's own credential.",
+        degraded=False,
+        replayed=False,
+        unmetered=True,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,8 +390,8 @@ class RecordFields(TypedDict, total=False):
 class RecordRequest:
     """What became of one request.
 
-    Raises `ValueError` when `settles` is a denied decision, `TypeError` when it is a bare string:
-    wrap a stored one in `SealedHandle` or `SealedTicket`.
+    Raises `ValueError` when `settles` is a denied or unmetered decision, `TypeError` when it is a bare
+    string: wrap a stored one in `SealedHandle` or `SealedTicket`.
     """
 
     settles: Settles
@@ -400,6 +416,15 @@ class RecordRequest:
         object.__setattr__(self, "settles", _sealed(self.settles))
 
 
+@dataclass(frozen=True, slots=True)
+class Unsent:
+    """A record that did not get through, and why."""
+
+    record: RecordRequest
+    error: Exception
+    """A `KeyturnError`; `QueueFull`; or `RuntimeError` when the client was closed before it was sent."""
+
+
 def _sealed(settles: Settles) -> SealedHandle | SealedTicket:
     """The sealed text to settle. Raises as `RecordRequest` does."""
     match settles:
@@ -409,8 +434,8 @@ def _sealed(settles: Settles) -> SealedHandle | SealedTicket:
             return handle
         case CreditTicket(ticket=ticket) | Decision(ticket=CreditTicket(ticket=ticket)):
             return ticket
-        case Decision():
-            raise ValueError("a denied decision has nothing to record")
+        case Decision(unmetered=unmetered):
+            raise ValueError(f"{'an unmetered' if unmetered else 'a denied'} decision has nothing to record")
     raise TypeError(
         f"cannot settle a {type(settles).__name__}: give the decision, its key or ticket,"
         " or a SealedHandle or SealedTicket made from a stored string"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
-from keyturn.errors import DeadlineExceeded, KeyturnError, Unavailable
+from keyturn.errors import DeadlineExceeded, KeyturnError, Unavailable, came_from_the_sidecar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,29 @@ class Retries:
         if self.first_delay < timedelta() or self.max_delay < timedelta():
             raise ValueError("a delay cannot be negative")
 
+    def delay(self, failures: int, jitter: Callable[[float, float], float]) -> float:
+        """Seconds to wait after so many failures in a row, from 1, without what the server asked for."""
+        doubled = self.first_delay.total_seconds() * 2.0 ** min(failures - 1, 30)
+        return jitter(0.0, min(doubled, self.max_delay.total_seconds()))
+
+
+ONCE = Retries(attempts=1)
+
+
+class Reach:
+    """Whether the sidecar answers. One that is down costs no more than an attempt a call.
+
+    It is down once all attempts of a call have ended with UNAVAILABLE and the last one found nobody who
+    answered; until somebody does, with whatever status.
+    """
+
+    down = False
+
+    def answered(self, error: KeyturnError | None = None) -> None:
+        """An attempt was answered, or failed with `error`: then only if that came from the sidecar."""
+        if error is None or came_from_the_sidecar(error):
+            self.down = False
+
 
 class Attempts:
     """The attempts of one call: how long each may take, and whether there is another.
@@ -43,13 +66,15 @@ class Attempts:
         self,
         retries: Retries,
         timeout: timedelta,
+        reach: Reach,
         *,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[float, float], float] = random.uniform,
     ) -> None:
         if timeout <= timedelta():
             raise ValueError("a timeout is more than zero")
-        self._retries = retries
+        self._retries = ONCE if reach.down else retries
+        self._reach = reach
         self._clock = clock
         self._jitter = jitter
         self._ends = clock() + timeout.total_seconds()
@@ -61,13 +86,23 @@ class Attempts:
 
     def wait_after(self, error: KeyturnError) -> float | None:
         """Seconds to wait before the next attempt; None: there is none, raise `error`."""
+        self._reach.answered(error)
+        wait = self._next_wait(error)
+        if wait is None and type(error) is Unavailable and not came_from_the_sidecar(error):
+            self._reach.down = True
+        return wait
+
+    def answered(self) -> None:
+        """This attempt was answered with OK."""
+        self._reach.answered()
+
+    def _next_wait(self, error: KeyturnError) -> float | None:
         self._made += 1
         if not isinstance(error, Unavailable) or isinstance(error, DeadlineExceeded):
             return None
         if self._made >= self._retries.attempts:
             return None
-        doubled = self._retries.first_delay.total_seconds() * 2.0 ** min(self._made - 1, 30)
-        wait = self._jitter(0.0, min(doubled, self._retries.max_delay.total_seconds()))
+        wait = self._retries.delay(self._made, self._jitter)
         asked = error.retry_after.total_seconds() if error.retry_after is not None else 0.0
         left = self.seconds_left()
         if asked + wait < left:
