@@ -133,6 +133,19 @@ class RetriesTest {
   }
 
   @Test
+  void aConnectionThatBreaksIsMadeAgain() {
+    try (ScriptedSidecar loopback = ScriptedSidecar.onLoopback();
+        Relay relay = new Relay(loopback.target());
+        KeyturnClient relayed =
+            KeyturnClient.create(loopback.options().target(relay.target()).build())) {
+      for (int i = 0; i < 100; i++) {
+        assertTrue(relayed.decide(U1).allowed());
+        relay.cut(i % 2 == 0);
+      }
+    }
+  }
+
+  @Test
   void noAnswerInTimeIsDeadlineExceededAndOneAttempt() {
     sidecar.does(
         asked -> {
