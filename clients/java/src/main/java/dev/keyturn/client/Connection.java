@@ -12,7 +12,8 @@ import io.grpc.TlsChannelCredentials;
 import io.grpc.netty.shaded.io.grpc.netty.NettyChannelBuilder;
 import io.grpc.netty.shaded.io.netty.channel.ChannelOption;
 import io.grpc.netty.shaded.io.netty.channel.EventLoopGroup;
-import io.grpc.netty.shaded.io.netty.channel.nio.NioEventLoopGroup;
+import io.grpc.netty.shaded.io.netty.channel.MultiThreadIoEventLoopGroup;
+import io.grpc.netty.shaded.io.netty.channel.nio.NioIoHandler;
 import io.grpc.netty.shaded.io.netty.channel.socket.nio.NioDomainSocketChannel;
 import io.grpc.netty.shaded.io.netty.channel.socket.nio.NioSocketChannel;
 import io.grpc.netty.shaded.io.netty.util.concurrent.DefaultThreadFactory;
@@ -75,7 +76,9 @@ final class Connection {
     }
     authorization = authorization(options.token());
     ChannelCredentials credentials = credentials(options);
-    group = new NioEventLoopGroup(1, new DefaultThreadFactory("keyturn", true));
+    group =
+        new MultiThreadIoEventLoopGroup(
+            1, new DefaultThreadFactory("keyturn", true), NioIoHandler.newFactory());
     try {
       channel = channel(credentials);
     } catch (IllegalArgumentException unreadable) {
@@ -247,8 +250,7 @@ final class Connection {
     }
     String text = token.reveal().strip();
     if (!TOKEN.matcher(text).matches()) {
-      throw new IllegalArgumentException(
-          "token is printable ASCII without spaces, and not empty");
+      throw new IllegalArgumentException("token is printable ASCII without spaces, and not empty");
     }
     return Secret.of("Bearer " + text);
   }

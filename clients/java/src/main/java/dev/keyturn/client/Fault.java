@@ -94,7 +94,8 @@ record Fault(
   // A status from afar has no cause. One that a broken connection caused is UNAVAILABLE, also where
   // the library says UNKNOWN ("channel closed").
   private static Status.Code code(Status status) {
-    boolean broken = status.getCode() == Status.Code.UNKNOWN || status.getCode() == Status.Code.INTERNAL;
+    boolean broken =
+        status.getCode() == Status.Code.UNKNOWN || status.getCode() == Status.Code.INTERNAL;
     return broken && status.getCause() instanceof IOException
         ? Status.Code.UNAVAILABLE
         : status.getCode();

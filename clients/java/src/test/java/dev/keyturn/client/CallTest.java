@@ -47,20 +47,29 @@ class CallTest {
   void whatIsRecordedByItsEnd() {
     Map<Consumer<Call>, Outcome> rows =
         Map.of(
-            call -> {}, Outcome.NEVER_SENT,
-            call -> call.note(Note.NONE.model("m")), Outcome.NEVER_SENT,
-            Call::sending, Outcome.CLIENT_CANCELLED,
-            call -> call.headers(PLATFORM), Outcome.CLIENT_CANCELLED,
-            Call::secret, Outcome.CLIENT_CANCELLED,
-            call -> call.used(Usage.of(1, 2)), Outcome.CLIENT_CANCELLED,
-            call -> call.cost(5), Outcome.CLIENT_CANCELLED,
-            Call::succeeded, Outcome.SUCCESS,
-            call -> call.failed(Outcome.TIMEOUT), Outcome.TIMEOUT,
+            call -> {},
+            Outcome.NEVER_SENT,
+            call -> call.note(Note.NONE.model("m")),
+            Outcome.NEVER_SENT,
+            Call::sending,
+            Outcome.CLIENT_CANCELLED,
+            call -> call.headers(PLATFORM),
+            Outcome.CLIENT_CANCELLED,
+            Call::secret,
+            Outcome.CLIENT_CANCELLED,
+            call -> call.used(Usage.of(1, 2)),
+            Outcome.CLIENT_CANCELLED,
+            call -> call.cost(5),
+            Outcome.CLIENT_CANCELLED,
+            Call::succeeded,
+            Outcome.SUCCESS,
+            call -> call.failed(Outcome.TIMEOUT),
+            Outcome.TIMEOUT,
             call -> {
               call.failed(Outcome.REFUSED);
               call.succeeded();
             },
-                Outcome.REFUSED);
+            Outcome.REFUSED);
     rows.forEach(
         (use, outcome) -> assertEquals(Wire.number(outcome), closedAfter(use).getOutcomeValue()));
     assertEquals(List.of(), foreground());
@@ -72,8 +81,7 @@ class CallTest {
         ArithmeticException.class,
         () -> closedAfter(call -> call.headers(Map.of("x", "" + 1 / (call.hashCode() * 0)))));
     client.flush();
-    assertEquals(
-        dev.keyturn.v1.Outcome.OUTCOME_NEVER_SENT, sidecar.batched().get(0).getOutcome());
+    assertEquals(dev.keyturn.v1.Outcome.OUTCOME_NEVER_SENT, sidecar.batched().get(0).getOutcome());
   }
 
   @Test
@@ -183,15 +191,13 @@ class CallTest {
     dev.keyturn.v1.RecordRequest refusal = foreground().get(0);
     assertEquals(dev.keyturn.v1.Outcome.OUTCOME_AUTH_REJECTED, refusal.getOutcome());
     assertEquals(401, refusal.getHttpStatus());
-    List<dev.keyturn.v1.DecideRequest> asked =
-        sidecar.asked(dev.keyturn.v1.DecideRequest.class);
+    List<dev.keyturn.v1.DecideRequest> asked = sidecar.asked(dev.keyturn.v1.DecideRequest.class);
     assertEquals(asked.get(0).getRequestId(), asked.get(1).getRequestId());
     assertEquals(List.of(ScriptedSidecar.HANDLE), asked.get(1).getFailedKeyHandlesList());
 
     call.close(); // nothing is noted of the new route
     client.flush();
-    assertEquals(
-        dev.keyturn.v1.Outcome.OUTCOME_NEVER_SENT, sidecar.batched().get(0).getOutcome());
+    assertEquals(dev.keyturn.v1.Outcome.OUTCOME_NEVER_SENT, sidecar.batched().get(0).getOutcome());
     assertFalse(sidecar.batched().get(0).hasUsage());
   }
 

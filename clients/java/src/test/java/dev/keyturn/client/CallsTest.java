@@ -116,8 +116,7 @@ class CallsTest {
     assertEquals(Mode.UNRECOGNIZED, decision.mode());
     assertEquals(Reason.UNRECOGNIZED, decision.reason());
     assertFalse(decision.allowed());
-    Recorded recorded =
-        client.record(RecordRequest.builder(SealedTicket.of("t"), 4711).build());
+    Recorded recorded = client.record(RecordRequest.builder(SealedTicket.of("t"), 4711).build());
     assertEquals(CostSource.UNRECOGNIZED, recorded.costSource());
     assertEquals(4711, record().getOutcomeValue());
   }
@@ -140,8 +139,7 @@ class CallsTest {
             RecordRequest.builder(SealedHandle.of("h1"), Outcome.RATE_LIMITED)
                 .usage(Usage.of(1, 2).cacheReadTokens(3).cacheWriteTokens(4).totalTokens(0))
                 .costMicros(0)
-                .note(
-                    new Note("m", "/e", Duration.ofSeconds(2), 429))
+                .note(new Note("m", "/e", Duration.ofSeconds(2), 429))
                 .errorMessage("slow down")
                 .retryAfter(Duration.ofSeconds(20))
                 .build());
@@ -183,8 +181,7 @@ class CallsTest {
   void whatHasNothingToRecordIsRefusedBeforeAnythingIsSent() {
     sidecar.answers(ScriptedSidecar.denial());
     Decision denied = client.decide(U1);
-    assertThrows(
-        IllegalArgumentException.class, () -> RecordRequest.of(denied, Outcome.SUCCESS));
+    assertThrows(IllegalArgumentException.class, () -> RecordRequest.of(denied, Outcome.SUCCESS));
     assertThrows(
         IllegalArgumentException.class,
         () -> RecordRequest.of(Decision.withoutSidecar(), Outcome.SUCCESS));
@@ -234,7 +231,8 @@ class CallsTest {
   void severalRecordsGoInOneCall() {
     RecordRequest record = RecordRequest.of(SealedTicket.of("t1"), Outcome.SUCCESS);
     List<Result<Recorded>> results = client.recordMany(List.of(record, record));
-    assertEquals(List.of(7L, 7L), results.stream().map(each -> each.orThrow().chargedMicros()).toList());
+    assertEquals(
+        List.of(7L, 7L), results.stream().map(each -> each.orThrow().chargedMicros()).toList());
     assertEquals(2, sidecar.batched().size());
   }
 
@@ -251,14 +249,12 @@ class CallsTest {
             .build());
     Explanation explanation = client.explain(U1);
     assertEquals(List.of(new ExplainStep("tier", "eligible", "premium")), explanation.steps());
-    assertEquals(
-        "u1", sidecar.asked(ExplainRequest.class).get(0).getDecide().getUserId());
+    assertEquals("u1", sidecar.asked(ExplainRequest.class).get(0).getDecide().getUserId());
   }
 
   @Test
   void aSecretIsRedeemed() {
-    assertEquals(
-        Secret.of(ScriptedSidecar.SECRET), client.redeem(SealedHandle.of("h1")));
+    assertEquals(Secret.of(ScriptedSidecar.SECRET), client.redeem(SealedHandle.of("h1")));
   }
 
   @Test
@@ -322,6 +318,7 @@ class CallsTest {
             new Row(302, null, Outcome.PROVIDER_ERROR),
             new Row(0, null, Outcome.PROVIDER_ERROR))
         .forEach(
-            row -> assertEquals(row.outcome, Outcome.outcomeOf(row.status, row.code), row::toString));
+            row ->
+                assertEquals(row.outcome, Outcome.outcomeOf(row.status, row.code), row::toString));
   }
 }

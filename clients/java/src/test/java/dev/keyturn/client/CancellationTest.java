@@ -156,8 +156,7 @@ class CancellationTest {
   @Test
   void cancelledRecordsAreCarriedOn() {
     RecordRequest record = RecordRequest.of(SealedTicket.of("t1"), Outcome.SUCCESS);
-    sidecar.does(
-        late(dev.keyturn.v1.BatchRecordResponse.getDefaultInstance()));
+    sidecar.does(late(dev.keyturn.v1.BatchRecordResponse.getDefaultInstance()));
     var records = client.recordManyAsync(List.of(record));
     await(arrived);
     records.cancel(true);

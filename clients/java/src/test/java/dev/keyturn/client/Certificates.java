@@ -20,10 +20,25 @@ record Certificates(byte[] certificate, byte[] privateKey) {
       Process keytool =
           new ProcessBuilder(
                   Path.of(System.getProperty("java.home"), "bin", "keytool").toString(),
-                  "-genkeypair", "-alias", "it", "-keyalg", "EC", "-groupname", "secp256r1",
-                  "-dname", "CN=" + name, "-ext", "san=dns:localhost,ip:127.0.0.1",
-                  "-validity", "1", "-storetype", "PKCS12", "-keystore", store.toString(),
-                  "-storepass", new String(PASSWORD))
+                  "-genkeypair",
+                  "-alias",
+                  "it",
+                  "-keyalg",
+                  "EC",
+                  "-groupname",
+                  "secp256r1",
+                  "-dname",
+                  "CN=" + name,
+                  "-ext",
+                  "san=dns:localhost,ip:127.0.0.1",
+                  "-validity",
+                  "1",
+                  "-storetype",
+                  "PKCS12",
+                  "-keystore",
+                  store.toString(),
+                  "-storepass",
+                  new String(PASSWORD))
               .redirectErrorStream(true)
               .start();
       String said = new String(keytool.getInputStream().readAllBytes(), StandardCharsets.UTF_8);

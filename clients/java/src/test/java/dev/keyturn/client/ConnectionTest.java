@@ -47,8 +47,16 @@ class ConnectionTest {
     assertEquals("::1", target("[::1]:7").host());
     for (String wrong :
         List.of(
-            "unix:", "unix://k.sock", "keyturn", "keyturn:", ":7", "keyturn:70000", "::1:7",
-            "http://keyturn:7", "keyturn:7x", "a b:7")) {
+            "unix:",
+            "unix://k.sock",
+            "keyturn",
+            "keyturn:",
+            ":7",
+            "keyturn:70000",
+            "::1:7",
+            "http://keyturn:7",
+            "keyturn:7x",
+            "a b:7")) {
       assertThrows(IllegalArgumentException.class, () -> target(wrong), wrong);
     }
   }
@@ -80,8 +88,14 @@ class ConnectionTest {
     }
     for (String elsewhere :
         List.of(
-            "keyturn:1", "10.0.0.1:1", "127.0.0.1.example.com:1", "localhost.example.com:1",
-            "[::2]:1", "[::ffff:127.0.0.1]:1", "0.0.0.0:1", "127.1:1")) {
+            "keyturn:1",
+            "10.0.0.1:1",
+            "127.0.0.1.example.com:1",
+            "localhost.example.com:1",
+            "[::2]:1",
+            "[::ffff:127.0.0.1]:1",
+            "0.0.0.0:1",
+            "127.1:1")) {
       assertFalse(target(elsewhere).isLoopback(), elsewhere);
     }
   }
@@ -128,8 +142,7 @@ class ConnectionTest {
 
   @Test
   void aTokenGoesWithEveryCallOnASocketAndOnLoopback() {
-    for (ScriptedSidecar each :
-        List.of(ScriptedSidecar.onSocket(), ScriptedSidecar.onLoopback())) {
+    for (ScriptedSidecar each : List.of(ScriptedSidecar.onSocket(), ScriptedSidecar.onLoopback())) {
       try (ScriptedSidecar sidecar = each;
           KeyturnClient client =
               KeyturnClient.create(sidecar.options().token(" the-token\n").build())) {

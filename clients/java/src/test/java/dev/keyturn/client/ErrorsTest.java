@@ -147,8 +147,7 @@ class ErrorsTest {
   @Test
   void anErrorSaysWhyThereIsNoConnection() {
     sidecar.stopListening();
-    UnavailableException error =
-        assertThrows(UnavailableException.class, () -> client.decide(U1));
+    UnavailableException error = assertThrows(UnavailableException.class, () -> client.decide(U1));
     assertTrue(error.getMessage().startsWith("UNAVAILABLE: "), error::getMessage);
     assertFalse(error.message().isBlank());
     sidecar.listen();

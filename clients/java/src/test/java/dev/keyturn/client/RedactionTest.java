@@ -101,10 +101,8 @@ class RedactionTest {
 
   @Test
   void handlesAndTicketsAreCut() {
-    assertEquals(
-        "SealedHandle(kth1_012…)", SealedHandle.of(ScriptedSidecar.HANDLE).toString());
-    assertEquals(
-        "SealedTicket(ktt1_012…)", SealedTicket.of(ScriptedSidecar.TICKET).toString());
+    assertEquals("SealedHandle(kth1_012…)", SealedHandle.of(ScriptedSidecar.HANDLE).toString());
+    assertEquals("SealedTicket(ktt1_012…)", SealedTicket.of(ScriptedSidecar.TICKET).toString());
     assertEquals("SealedTicket(…)", SealedTicket.of("short-one").toString());
     assertThrows(IllegalArgumentException.class, () -> SealedHandle.of(""));
   }

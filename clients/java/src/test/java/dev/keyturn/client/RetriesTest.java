@@ -44,8 +44,7 @@ class RetriesTest {
   @Test
   void fiveAttemptsAreAll() {
     sidecar.fails(6, ScriptedSidecar::storeDown);
-    UnavailableException error =
-        assertThrows(UnavailableException.class, () -> client.decide(U1));
+    UnavailableException error = assertThrows(UnavailableException.class, () -> client.decide(U1));
     assertEquals("STORE_UNAVAILABLE", error.reason());
     assertEquals(5, sidecar.asked.size());
   }

@@ -18,6 +18,7 @@ import dev.keyturn.v1.RedeemResponse;
 import dev.keyturn.v1.RoutingServiceGrpc;
 import io.grpc.Context;
 import io.grpc.Contexts;
+import io.grpc.InsecureServerCredentials;
 import io.grpc.Metadata;
 import io.grpc.Server;
 import io.grpc.ServerCall;
@@ -26,11 +27,11 @@ import io.grpc.ServerCredentials;
 import io.grpc.ServerInterceptor;
 import io.grpc.Status;
 import io.grpc.StatusRuntimeException;
-import io.grpc.InsecureServerCredentials;
 import io.grpc.netty.shaded.io.grpc.netty.NettyServerBuilder;
 import io.grpc.netty.shaded.io.netty.channel.ChannelOption;
 import io.grpc.netty.shaded.io.netty.channel.EventLoopGroup;
-import io.grpc.netty.shaded.io.netty.channel.nio.NioEventLoopGroup;
+import io.grpc.netty.shaded.io.netty.channel.MultiThreadIoEventLoopGroup;
+import io.grpc.netty.shaded.io.netty.channel.nio.NioIoHandler;
 import io.grpc.netty.shaded.io.netty.channel.socket.nio.NioServerDomainSocketChannel;
 import io.grpc.netty.shaded.io.netty.channel.socket.nio.NioServerSocketChannel;
 import io.grpc.protobuf.StatusProto;
@@ -65,10 +66,12 @@ final class ScriptedSidecar extends RoutingServiceGrpc.RoutingServiceImplBase
   final List<String> authorities = new CopyOnWriteArrayList<>();
   final List<Context> contexts = new CopyOnWriteArrayList<>();
   private final Queue<Function<Message, Message>> script = new ConcurrentLinkedQueue<>();
-  private final EventLoopGroup group = new NioEventLoopGroup(1);
+  private final EventLoopGroup group =
+      new MultiThreadIoEventLoopGroup(1, NioIoHandler.newFactory());
   private final ExecutorService handlers = Executors.newCachedThreadPool();
   private final Path directory;
   private final Path socket;
+  private volatile Supplier<DecideResponse> decisions = ScriptedSidecar::ticket;
   private Server server;
   private int port;
 
@@ -158,6 +161,11 @@ final class ScriptedSidecar extends RoutingServiceGrpc.RoutingServiceImplBase
     return this;
   }
 
+  /** What decisions are answered where the script says nothing; without this, a ticket. */
+  void decides(Supplier<DecideResponse> each) {
+    decisions = each;
+  }
+
   ScriptedSidecar does(Function<Message, Message> next) {
     script.add(next);
     return this;
@@ -199,8 +207,7 @@ final class ScriptedSidecar extends RoutingServiceGrpc.RoutingServiceImplBase
   static DecideResponse ticket() {
     return DecideResponse.newBuilder()
         .setDecisionId("d2")
-        .setTicket(
-            dev.keyturn.v1.CreditTicket.newBuilder().setTicket(TICKET).setHoldMicros(50_000))
+        .setTicket(dev.keyturn.v1.CreditTicket.newBuilder().setTicket(TICKET).setHoldMicros(50_000))
         .build();
   }
 
@@ -255,7 +262,7 @@ final class ScriptedSidecar extends RoutingServiceGrpc.RoutingServiceImplBase
 
   @Override
   public void decide(dev.keyturn.v1.DecideRequest request, StreamObserver<DecideResponse> to) {
-    answer(request, to, DecideResponse.class, ticket());
+    answer(request, to, DecideResponse.class, decisions.get());
   }
 
   @Override

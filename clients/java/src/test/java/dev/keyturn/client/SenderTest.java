@@ -194,8 +194,7 @@ class SenderTest {
 
   @Test
   void closingGivesUpAfterAWhileAndGivesBackWhatIsLeft() {
-    with(
-        sidecar.options().onUnsent(unsent::add).closeTimeout(Duration.ofMillis(50)));
+    with(sidecar.options().onUnsent(unsent::add).closeTimeout(Duration.ofMillis(50)));
     sidecar.fails(100_000, ScriptedSidecar::storeDown);
     client.recordLater(record(0));
     client.recordLater(record(1));
