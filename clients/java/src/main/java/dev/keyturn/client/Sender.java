@@ -223,6 +223,10 @@ final class Sender {
       return Duration.ZERO; // the pause that follows finds the interrupt
     } catch (IllegalStateException closed) {
       return null; // giveUp() has them
+    } catch (RuntimeException defect) {
+      // By its class alone, as ever. A thread that died of it would leave all the others.
+      Fault fault = Fault.of(Status.Code.INTERNAL, "A defect: " + defect.getClass().getName());
+      results = batch.stream().map(each -> Result.<Recorded>failed(fault.exception())).toList();
     }
     Duration wait = null;
     Set<Queued> done = new HashSet<>();
@@ -286,7 +290,7 @@ final class Sender {
   private void report(Unsent unsent) {
     try {
       onUnsent.accept(unsent);
-    } catch (RuntimeException defect) {
+    } catch (RuntimeException | Error defect) {
       // By its class alone: its text may have the record's own.
       LOG.log(Level.WARNING, "onUnsent threw {0}", defect.getClass().getName());
     }

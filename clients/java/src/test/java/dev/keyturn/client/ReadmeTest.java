@@ -43,9 +43,17 @@ class ReadmeTest {
                     + "    lenient().close();\n    KEYTURN.close();")
             .replaceFirst("}\\s*$", Matcher.quoteReplacement(others + "}\n"));
     Files.writeString(directory.resolve("Chat.java"), gateway);
-    run("javac", "-Xlint:all", "-Werror", "-d", directory.resolve("alone").toString(), "Chat.java");
+    run(
+        "javac",
+        "-encoding",
+        "UTF-8",
+        "-Xlint:all",
+        "-Werror",
+        "-d",
+        directory.resolve("alone").toString(),
+        "Chat.java");
     Files.writeString(directory.resolve("Chat.java"), all);
-    run("javac", "-Xlint:all", "-Werror", "-d", ".", "Chat.java");
+    run("javac", "-encoding", "UTF-8", "-Xlint:all", "-Werror", "-d", ".", "Chat.java");
 
     List<String> credentials = new ArrayList<>();
     HttpServer provider =
