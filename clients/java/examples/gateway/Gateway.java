@@ -43,7 +43,8 @@ import java.util.concurrent.TimeUnit;
 import java.util.concurrent.TimeoutException;
 
 /**
- * A gateway to OpenAI's chat completions, to begin from: the user's own key pays, or the platform's.
+ * A gateway to OpenAI's chat completions, to begin from: the user's own key pays, or the
+ * platform's.
  *
  * <p>Configured by the environment: {@code KEYTURN_ADDRESS}, {@code LISTEN} (127.0.0.1:0), {@code
  * OPENAI_API_KEY}, {@code OPENAI_BASE_URL}.
@@ -159,7 +160,9 @@ public final class Gateway {
     return request.build();
   }
 
-  /** Sends the body with the credential that pays, and again with the next when a key is refused. */
+  /**
+   * Sends the body with the credential that pays, and again with the next when a key is refused.
+   */
   private void proxy(HttpExchange exchange, Call call, byte[] body)
       throws IOException, InterruptedException {
     for (int keys = 1; ; keys++) {
