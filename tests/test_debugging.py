@@ -166,8 +166,12 @@ async def test_the_page_runs_in_one_shell_and_prints_what_it_shows(tool: str) ->
         for name, identity in (("server", authority.server()), ("ops", authority.caller("ops.example.com"))):
             write(directory / f"{name}.pem", identity.certificate)
             write(directory / f"{name}.key", identity.key)
+        # The last block cleans up.
+        commands.insert(-1, "cat keyturn.log")
         printed = await session(commands, directory, str(program.parent))
-        log = (directory / "keyturn.log").read_text()
+        left = {path.name for path in directory.glob("[!.]*")}
+    log = printed.pop(-2).text
+    assert left == {"protos", "ca.pem", "server.pem", "server.key", "ops.pem", "ops.key"}
     assert len(printed) == len(blocks), printed[-1:]
     wrong = []
     for block, one in zip(blocks, printed, strict=True):
@@ -213,14 +217,18 @@ GRPCURL_SCHEMA = f"-import-path protos -proto {PROTO}"
 # Directories are closed to everybody but root.
 STRANGER = "" if os.getuid() else "setpriv --reuid=65534 --regid=65534 --clear-groups"
 
-# By tool: what is said, and the line that gets it said.
+# By tool: what is said, and each line that gets it said.
 SYMPTOMS: dict[str, dict[str, str]] = {
     "grpcurl": {
         "connect: connection refused": "grpcurl -plaintext 127.0.0.1:{closed} list",
         "connect: no such file or directory": "grpcurl -plaintext unix:none.sock list",
         "connect: permission denied": "{stranger} grpcurl -plaintext unix:closed/k.sock list",
         "missing port in address": "grpcurl -plaintext -unix {socket} list",
-        "context deadline exceeded": "grpcurl -plaintext -connect-timeout 0.5 {tls} list",
+        "context deadline exceeded": (
+            "grpcurl -plaintext -max-time 0.000001 {tcp} list\n"
+            "grpcurl -plaintext -connect-timeout 0.5 {tls} list\n"
+            "grpcurl -cacert ca.pem -connect-timeout 0.5 {mutual} list"
+        ),
         "server does not support the reflection API": "grpcurl -plaintext unix:{bare} list",
         "first record does not look like a TLS handshake": "grpcurl {tcp} list",
         "certificate signed by unknown authority": "grpcurl {tls} list",
@@ -257,7 +265,10 @@ SYMPTOMS: dict[str, dict[str, str]] = {
             "{curl} --schema protos https://{tcp}/{routing}/Decide"
         ),
         "certificate signed by unknown authority": "{curl} --schema protos https://{tls}/{routing}/Decide",
-        "unexpected EOF": "{curl} --schema protos http://{tls}/{routing}/Decide",
+        "unexpected EOF": (
+            "{curl} --schema protos http://{tls}/{routing}/Decide\n"
+            "{curl} --cacert ca.pem --schema protos https://{mutual}/{routing}/Decide"
+        ),
         "This caller is not known here.": (
             "{curl} --cacert ca.pem --schema protos https://{tls}/{routing}/Decide"
         ),
@@ -306,10 +317,15 @@ async def test_each_symptom_is_what_the_tool_says(tool: str, start_sidecar: Call
         served = authority.server()
         write(directory / "cert.pem", served.certificate)
         write(directory / "key.pem", served.key)
-        files = {"tls_cert": directory / "cert.pem", "tls_key": directory / "key.pem"}
+        files = {
+            "tls_cert": directory / "cert.pem",
+            "tls_key": directory / "key.pem",
+            "access_file": directory / "access.toml",
+        }
         plain = await start_sidecar(also=["127.0.0.1:0"], insecure_loopback=True, reflection=True)
-        secure = await start_sidecar(
-            also=["127.0.0.1:0"], reflection=True, access_file=directory / "access.toml", **files
+        secure = await start_sidecar(also=["127.0.0.1:0"], reflection=True, **files)
+        mutual = await start_sidecar(
+            also=["127.0.0.1:0"], reflection=True, tls_client_ca=directory / "ca.pem", **files
         )
         bare = await start_sidecar()
         places = {
@@ -318,17 +334,20 @@ async def test_each_symptom_is_what_the_tool_says(tool: str, start_sidecar: Call
             "bare": bare.address.removeprefix("unix:"),
             "tcp": plain.addresses[1],
             "tls": secure.addresses[1],
+            "mutual": mutual.addresses[1],
             "routing": ROUTING,
             "curl": "buf curl --protocol grpc --http2-prior-knowledge",
             "stranger": STRANGER,
         }
-        lines = [line.format_map(places) for line in symptoms.values()]
+        lines = [
+            (said, line.format_map(places)) for said, lines in symptoms.items() for line in lines.splitlines()
+        ]
         (directory / "closed").chmod(0)
         try:
-            printed = await session(lines, directory, str(tools))
+            printed = await session([line for _, line in lines], directory, str(tools))
         finally:
             (directory / "closed").chmod(0o700)
-    for said, line, one in zip(symptoms, lines, printed, strict=True):
+    for (said, line), one in zip(lines, printed, strict=True):
         assert one.code != 0, line
         assert said in one.text, f"{line}\n{one.text}"
 

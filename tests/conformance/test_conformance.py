@@ -22,6 +22,8 @@ from tests.invariants import check_invariants
 from tests.support import temporary_directory
 
 _RECORDING = {"record", "finish"}
+_WITHOUT_CLIENT = {"show", "outcome_of"}
+_KEPT_BY_DRIVERS = {"decide", "redeem", "begin", "key_refused"}
 
 
 class Drivers:
@@ -80,6 +82,7 @@ class Play:
                 except AssertionError as error:
                     raise AssertionError(f"step {number}, {step}: {error}") from error
         finally:
+            await self._world.mend()
             for name in list(self._open):
                 closed = await self._do({"op": "close", "client": name})
                 assert closed["ok"]["unsent"] == [], f"the client {name} left records unsent"
@@ -110,10 +113,12 @@ class Play:
         if command["op"] == "parallel":
             commands = [self._with_client(each) for each in command["commands"]]
             return {**command, "commands": commands}
-        return command if "call" in command else {"client": "c", **command}
+        if "call" in command or command["op"] in _WITHOUT_CLIENT:
+            return command
+        return {"client": "c", **command}
 
     async def _do(self, command: dict[str, Any]) -> Any:
-        answer = await self._driver.do(command)
+        answer = await self._driver.do(_for_driver(command))
         self._acknowledge(command, answer)
         return answer
 
@@ -154,6 +159,15 @@ class Play:
         for place, text in places.items():
             for secret in (*self._world.secrets, *tokens):
                 assert secret not in text, f"a secret or token is in {place}: {text}"
+
+
+def _for_driver(command: dict[str, Any]) -> dict[str, Any]:
+    """The command without what only the host keeps."""
+    if command["op"] == "parallel":
+        return {**command, "commands": [_for_driver(each) for each in command["commands"]]}
+    if "as" in command and command["op"] not in _KEPT_BY_DRIVERS:
+        return {name: value for name, value in command.items() if name != "as"}
+    return command
 
 
 @asynccontextmanager

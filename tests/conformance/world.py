@@ -128,13 +128,18 @@ class World:
             case "close_gate":
                 await self._faults.enter_async_context(gate_before_holds(self.sql))
             case "mend":
-                await self._faults.aclose()
+                await self.mend()
             case "rows":
                 await self.rows(step["sql"], step.get("with", ()), step["are"])
             case "age":
                 self.answers[step["as"]] = await self._aged(step["token"], step["seconds"])
             case unknown:
                 raise AssertionError(f"there is no step {unknown!r} of the host")
+
+    async def mend(self) -> None:
+        """Ends what was made to hold things up."""
+        self._relay.thaw()
+        await self._faults.aclose()
 
     async def rows(self, query: str, values: Sequence[Any], expected: Any) -> None:
         """Raises `Mismatch` unless the rows become as expected within the limit."""
