@@ -8,6 +8,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let readme = fs::read_to_string("../README.md")?;
     let (_, from) = readme.split_once("```rust,no_run\n").ok_or("README.md begins with an example")?;
     let (example, _) = from.split_once("```").ok_or("the example ends")?;
-    fs::write(Path::new(&env::var("OUT_DIR")?).join("readme.rs"), example.replace("async fn main", "pub async fn main"))?;
+    fs::write(
+        Path::new(&env::var("OUT_DIR")?).join("readme.rs"),
+        example.replace("async fn main", "pub async fn main"),
+    )?;
     Ok(())
 }

@@ -77,6 +77,7 @@ async fn main() -> Result<(), BoxError> {
             }
             Some(_) = connections.join_next() => {}
             _ = terminated.recv() => break,
+            _ = tokio::signal::ctrl_c() => break,
         }
     }
     drop((listener, stop));

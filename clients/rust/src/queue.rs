@@ -174,12 +174,13 @@ impl Queue {
     /// Wakes the sender, or starts it when there is something to send and a runtime to do it.
     fn start(self: &Arc<Self>) {
         let mut state = self.state();
-        if state.sender == Sender::NotYet && !state.items.is_empty() {
-            if let Some(runtime) = self.link.runtime() {
-                state.sender = Sender::Runs;
-                drop(state); // a runtime that is going down drops the task at once
-                runtime.spawn(Sending(self.clone()).run());
-            }
+        if state.sender == Sender::NotYet
+            && !state.items.is_empty()
+            && let Some(runtime) = self.link.runtime()
+        {
+            state.sender = Sender::Runs;
+            drop(state); // a runtime that is going down drops the task at once
+            runtime.spawn(Sending(self.clone()).run());
         }
         self.wake.notify_one();
     }

@@ -183,7 +183,8 @@ impl Service<Request<Body>> for Transport {
             drop_garbled_details(&mut head.headers);
             let said = head.headers.contains_key(Status::GRPC_STATUS);
             let grpc = head.headers.get(CONTENT_TYPE).is_some_and(|it| it.as_bytes().starts_with(GRPC));
-            if !said && !(head.status == StatusCode::OK && grpc) {
+            let page = head.status != StatusCode::OK || !grpc;
+            if page && !said {
                 // A proxy's page: tonic goes by its status when there is nothing to read.
                 return Ok(Response::from_parts(head, Body::empty()));
             }

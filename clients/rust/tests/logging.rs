@@ -14,7 +14,7 @@ use crate::scripted::{HANDLE, Reply, SECRET, Sidecar, TICKET, deciding, each_tak
 #[path = "suite/scripted.rs"]
 mod scripted;
 
-#[allow(dead_code, clippy::pedantic)]
+#[allow(dead_code, clippy::all)]
 mod pb {
     tonic::include_proto!("keyturn.v1");
 }

@@ -11,7 +11,7 @@ mod retrying;
 mod scripted;
 mod secrets;
 
-#[allow(dead_code, clippy::pedantic)]
+#[allow(dead_code, clippy::all)]
 mod pb {
     tonic::include_proto!("keyturn.v1");
 }
