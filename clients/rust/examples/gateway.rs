@@ -276,6 +276,9 @@ impl Stream {
             Err(_) => self.broken(Outcome::Timeout),
         };
         self.ended = !matches!(chunk, Ok(Some(_)));
+        if chunk.is_err() {
+            tokio::task::yield_now().await; // what came before goes out before the connection is cut
+        }
         chunk.transpose()
     }
 

@@ -301,12 +301,6 @@ fn may_pass(error: &Error, record: &RecordRequest) -> bool {
 /// A decision under way.
 pub(crate) struct Deciding(Arc<Queue>);
 
-impl Deciding {
-    pub(crate) fn queue(&self) -> &Arc<Queue> {
-        &self.0
-    }
-}
-
 impl Drop for Deciding {
     fn drop(&mut self) {
         self.0.state().deciding -= 1;

@@ -298,6 +298,20 @@ async fn a_dropped_decision_leaves_no_hold_behind() {
 }
 
 #[tokio::test]
+async fn a_dropped_decision_of_a_dropped_client_leaves_no_hold_either() {
+    let sidecar = Sidecar::new(deciding([ticket()]));
+    let client = sidecar.client();
+    tokio::select! {
+        biased;
+        _ = client.decide(asked()) => panic!("nobody can have answered"),
+        () = std::future::ready(()) => {}
+    }
+    drop(client);
+    sidecar.called("BatchRecord", 1).await;
+    assert_eq!(sidecar.records()[0].outcome(), pb::Outcome::NeverSent);
+}
+
+#[tokio::test]
 async fn a_dropped_decision_with_the_callers_id_is_expected_again() {
     let sidecar = Sidecar::new(|seen, before| match (seen.method.as_str(), before) {
         ("Decide", 0) => Reply::Silence,

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
+use tokio::task::JoinSet;
 
 use crate::pb;
 use crate::provider::{End, Provider, Said, program};
@@ -27,13 +28,7 @@ struct Answer {
     status: StatusCode,
     headers: http::HeaderMap,
     body: Incoming,
-    connection: tokio::task::JoinHandle<()>,
-}
-
-impl Drop for Answer {
-    fn drop(&mut self) {
-        self.connection.abort();
-    }
+    _connection: JoinSet<()>,
 }
 
 impl Answer {
@@ -69,12 +64,13 @@ impl Gateway {
         let socket = TcpStream::connect(&self.address).await.unwrap();
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(socket)).await.unwrap();
-        let connection = tokio::spawn(async move {
-            let _ = connection.await;
+        let mut connections = JoinSet::new();
+        connections.spawn(async move {
+            let _ = connection.await; // it may be cut
         });
         let response = sender.send_request(request).await.unwrap();
         let (head, body) = response.into_parts();
-        Answer { status: head.status, headers: head.headers, body, connection }
+        Answer { status: head.status, headers: head.headers, body, _connection: connections }
     }
 
     async fn chat(&self, body: Value) -> Answer {
@@ -183,6 +179,20 @@ async fn a_caller_that_hangs_up_ends_the_providers_request_too() {
     // The first chunk comes before the stream has ended.
     assert_eq!(answer.chunk().await.unwrap().unwrap(), "data: {}\n\n");
     drop(answer);
+    tokio::time::timeout(Duration::from_secs(30), provider.given_up.notified()).await.unwrap();
+    assert!(gateway.end().await.success());
+    assert_eq!(record(&sidecar).outcome(), pb::Outcome::ClientCancelled);
+}
+
+#[tokio::test]
+async fn a_caller_that_hangs_up_before_the_answer_ends_the_providers_request_too() {
+    let sidecar = Sidecar::new(deciding([ticket()]));
+    let provider = Provider::new(|_| Said { chunks: vec![], end: End::Hangs, ..Said::completion() }).await;
+    let gateway = Gateway::new(&sidecar, &provider.url).await;
+    tokio::select! {
+        _ = gateway.chat(json!({})) => panic!("nobody answers"),
+        () = provider.asked.notified() => {}
+    }
     tokio::time::timeout(Duration::from_secs(30), provider.given_up.notified()).await.unwrap();
     assert!(gateway.end().await.success());
     assert_eq!(record(&sidecar).outcome(), pb::Outcome::ClientCancelled);

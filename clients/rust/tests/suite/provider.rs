@@ -65,7 +65,9 @@ impl Said {
 pub struct Provider {
     pub url: String,
     seen: Arc<Mutex<Vec<(HeaderMap, Value)>>>,
-    /// How many answers were given up by whoever asked.
+    /// A request came.
+    pub asked: Arc<Notify>,
+    /// An answer was given up by whoever asked.
     pub given_up: Arc<Notify>,
     serving: JoinHandle<()>,
 }
@@ -89,19 +91,21 @@ impl Provider {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/v1", listener.local_addr().unwrap());
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let given_up = Arc::new(Notify::new());
+        let (asked, given_up) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let came = asked.clone();
         let (script, noted, dropped) = (Arc::new(script), seen.clone(), given_up.clone());
         let serving = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((socket, _)) = listener.accept().await {
-                let (script, noted, dropped) = (script.clone(), noted.clone(), dropped.clone());
+                let all = (script.clone(), noted.clone(), dropped.clone(), came.clone());
                 let service = service_fn(move |request: Request<Incoming>| {
-                    let (script, noted, dropped) = (script.clone(), noted.clone(), dropped.clone());
+                    let (script, noted, dropped, came) = all.clone();
                     async move {
                         assert_eq!(request.uri().path(), "/v1/chat/completions");
                         let headers = request.headers().clone();
                         let body = request.into_body().collect().await.unwrap().to_bytes();
                         noted.lock().unwrap().push((headers.clone(), serde_json::from_slice(&body).unwrap()));
+                        came.notify_one();
                         Ok::<_, Infallible>(answered(script(&headers), dropped))
                     }
                 });
@@ -112,7 +116,7 @@ impl Provider {
                 });
             }
         });
-        Self { url, seen, given_up, serving }
+        Self { url, seen, asked, given_up, serving }
     }
 
     pub fn seen(&self) -> Vec<(HeaderMap, Value)> {
