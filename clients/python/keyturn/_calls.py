@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 
+from keyturn._client import ClientState
 from keyturn.errors import Denied
 from keyturn.model import (
     CreditTicket,
@@ -62,6 +63,11 @@ class CallState:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.request_id}: {self._decision}>"
+
+    @property
+    def is_open(self) -> bool:
+        """Decided, and not ended."""
+        return self._open
 
     @property
     def request_id(self) -> str:
@@ -240,6 +246,12 @@ class CallState:
         else:
             outcome = Outcome.CLIENT_CANCELLED if self._gone_out else Outcome.NEVER_SENT
         return RecordRequest(self.decision, outcome, **self._noted)
+
+    def _leave_to(self, client: ClientState) -> None:
+        """End the call where nobody can wait, as by an exception, with its record for the background."""
+        record = self._close(GeneratorExit())
+        if record is not None:
+            client._hand_over(record)
 
     def _closed(self, recorded: Recorded) -> None:
         self.recorded = recorded
