@@ -77,6 +77,7 @@ async fn main() -> Result<(), BoxError> {
             }
             Some(_) = connections.join_next() => {}
             _ = terminated.recv() => break,
+            _ = tokio::signal::ctrl_c() => break,
         }
     }
     drop((listener, stop));
@@ -275,6 +276,9 @@ impl Stream {
             Err(_) => self.broken(Outcome::Timeout),
         };
         self.ended = !matches!(chunk, Ok(Some(_)));
+        if chunk.is_err() {
+            tokio::task::yield_now().await; // what came before goes out before the connection is cut
+        }
         chunk.transpose()
     }
 
