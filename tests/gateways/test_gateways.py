@@ -166,9 +166,7 @@ async def scene(
 
 async def asked(scene: Scene, user: str, **fields: Any) -> Any:
     """A chat completion."""
-    return await scene.gateway.sdk(user).chat.completions.create(
-        model="gpt-4o", messages=MESSAGES, **fields
-    )
+    return await scene.gateway.sdk(user).chat.completions.create(model="gpt-4o", messages=MESSAGES, **fields)
 
 
 async def refusal(scene: Scene, user: str, **fields: Any) -> openai.APIStatusError:
@@ -197,7 +195,13 @@ async def test_an_own_key_and_credits_pay(scene: Scene) -> None:
         assert seen.json == {"model": "gpt-4o", "messages": MESSAGES}
         assert user not in str(seen.headers)
     [used] = await scene.uses(
-        "outcome", "model", "service_type", "input_tokens", "output_tokens", "cache_read_tokens", "http_status"
+        "outcome",
+        "model",
+        "service_type",
+        "input_tokens",
+        "output_tokens",
+        "cache_read_tokens",
+        "http_status",
     )
     assert used == ("SUCCESS", MODEL, "gateway", INPUT_TOKENS, OUTPUT_TOKENS, CACHED_TOKENS, 200)
     assert await scene.holds("outcome", "charged_micros") == [("SUCCESS", _COST)]
@@ -382,8 +386,8 @@ async def test_a_sidecar_or_a_provider_that_is_away(
         assert caught.value.status_code == 502
 
         async def never_sent() -> Any:
-            return await sql.fetchval("SELECT outcome = 'NEVER_SENT' FROM credit_holds WHERE state = 'settled'")
+            return await sql.fetchval(
+                "SELECT outcome = 'NEVER_SENT' FROM credit_holds WHERE state = 'settled'"
+            )
 
         await eventually(never_sent)
-
-
