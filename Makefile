@@ -4,11 +4,28 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PROTOS := $(wildcard protos/keyturn/v1/*.proto)
 ARGS   ?=
+WORKERS ?= auto
 
 GRPCURL := github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3
 
+# The clients that are not Python, and the program that each is built by.
+CLIENTS := go:go typescript:npm java:mvn rust:cargo
+# $(call in_clients,TARGET): that target of each whose toolchain is here. A missing one is said; in CI it is a failure.
+define in_clients
+@for each in $(CLIENTS); do \
+  client=$${each%%:*}; tool=$${each##*:}; \
+  if command -v $$tool > /dev/null; then \
+    $(MAKE) --no-print-directory --directory clients/$$client $(1) || exit 1; \
+  elif [ "$$CI" = true ]; then \
+    echo "clients/$$client: there is no $$tool on PATH" >&2; exit 1; \
+  else \
+    echo "clients/$$client: skipped, there is no $$tool on PATH"; \
+  fi; \
+done
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help setup tools protos demo serve test check fmt bench bench-simulate clean release-protos schema
+.PHONY: help setup tools clients conformance protos demo serve test check fmt bench bench-simulate clean release-protos schema
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -29,6 +46,9 @@ tools: .tools/$(notdir $(GRPCURL)) ## build grpcurl into .tools/bin; needs Go
 	GOBIN="$(CURDIR)/.tools/bin" go install $(GRPCURL)
 	@touch $@
 
+clients: ## build the clients in Go, TypeScript, Java and Rust, where their toolchains are
+	$(call in_clients,build)
+
 protos: setup ## generate the Python stubs again
 	$(BIN)/python protos/generate.py
 
@@ -38,8 +58,12 @@ demo: setup ## show the main job on an embedded PostgreSQL (ARGS=--once: show it
 serve: setup ## run the sidecar (ARGS='--embedded DIR …')
 	@$(BIN)/keyturn serve $(ARGS)
 
-test: setup $(if $(shell command -v go 2> /dev/null),tools) ## run every test (ARGS='-k name' to choose)
-	$(BIN)/python -m pytest $(ARGS)
+test: setup $(if $(shell command -v go 2> /dev/null),tools) ## run every test, of every client too (ARGS='-k name' to choose, WORKERS=0 for one process)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
+
+conformance: setup ## run the scenarios with every client, and write the table in clients/README.md
+	CI=true $(BIN)/python -m pytest --numprocesses $(WORKERS) tests/conformance/test_conformance.py
+	$(BIN)/python -m tests.conformance.table
 
 check: setup ## lint, types, import contracts, protos
 	$(BIN)/ruff check .
@@ -49,6 +73,7 @@ check: setup ## lint, types, import contracts, protos
 	$(BIN)/buf lint protos
 	$(BIN)/buf format --diff --exit-code protos
 	$(BIN)/buf breaking protos --against protos/released.json
+	$(call in_clients,check)
 
 fmt: setup ## format code and protos
 	$(BIN)/ruff check --fix .
@@ -69,4 +94,5 @@ bench-simulate: setup ## measure SimulateFlags over a million recorded requests 
 
 clean: ## remove what the tasks made
 	rm -rf $(VENV) .tools .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	rm -f clients/python/keyturn/v1/*_pb2*
+	rm -f clients/python/keyturn/v1/*_pb2* .conformance.json
+	$(call in_clients,clean)
