@@ -30,6 +30,7 @@ from keyturn.model import (
     RequestFields,
     Settles,
     Unsent,
+    sealed_handle,
 )
 from keyturn.secret import Secret
 from keyturn.v1 import routing_service_pb2 as pb
@@ -197,6 +198,7 @@ class Client(ClientState):
         Never retried: a redemption that seemed to fail may have been carried out, and the next one
         would be refused. Decide again with the same request id for a fresh handle.
         """
+        handle = sealed_handle(handle)
         return _wire.secret(self._call(self._stub.Redeem, _wire.redeem_request(handle), timeout, retry=False))
 
     def explain(self, *, timeout: timedelta | None = None, **fields: Unpack[RequestFields]) -> Explanation:

@@ -332,7 +332,6 @@ class _Exchange:
             outcome = Outcome.PROVIDER_ERROR
         self.end(outcome)
         error.__cause__ = error.__context__ = None
-        error.request = self._request
         return error.with_traceback(None)
 
     def end(self, outcome: Outcome | None = None, *, whole: bool = False) -> None:
