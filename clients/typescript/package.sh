@@ -22,7 +22,7 @@ JSON
 cat >"$trial/trial.ts" <<'TS'
 import { Client, Outcome, outcomeOf, VERSION } from "@keyturn/client";
 
-const client = new Client({ target: "unix:/nowhere.sock", timeoutMs: 100 });
+const client = new Client({ target: "unix:/nowhere.sock", timeoutMs: 60_000, retries: { attempts: 1 } });
 const outcome: Outcome = outcomeOf(401);
 const error: unknown = await client.decide({ userId: "u1", provider: "openai" }).catch((failure) => failure);
 await client.close();
