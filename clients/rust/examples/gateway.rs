@@ -162,6 +162,7 @@ impl Gateway {
         for tried in 1.. {
             let response = self.send(&mut call, content_type.as_ref(), body.clone()).await?;
             let status = response.status();
+            call.note(Note { http_status: Some(status.as_u16()), ..Note::default() })?;
             if status.is_success() && is_stream(&response) {
                 return Ok(streamed(call, response));
             }
