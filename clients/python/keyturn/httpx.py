@@ -274,8 +274,8 @@ class _Exchange:
     ) -> httpx.Response:
         """The provider's answer, which is recorded when it has gone by."""
         self._status = response.status_code
-        is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-        self.reader = _llm.AnswerReader(stream=is_stream, hides_usage=self._asked.hides_usage)
+        content_type = response.headers.get("content-type", "")
+        self.reader = _llm.AnswerReader(content_type, hides_usage=self._asked.hides_usage)
         return httpx.Response(
             response.status_code,
             headers=_decoded(response.headers),
