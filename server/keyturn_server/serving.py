@@ -65,7 +65,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its packa
         self.draining = asyncio.Event()
         """Set when nothing is well any more, for good."""
 
-    async def report(self, service: str, *, well: bool) -> None:
+    def report(self, service: str, *, well: bool) -> None:
         """Tell whoever asks or watches; the empty name is the process as a whole."""
         self._well[service] = well
         self._tell()
@@ -196,7 +196,7 @@ async def serving(
         if metrics_address is not None:
             _serve_metrics(metrics_address, services.metrics, stack)
         for name in ("", *names):
-            await services.health.report(name, well=True)
+            services.health.report(name, well=True)
         await server.start()
         log.info("serving", addresses=list(bound))
         try:
