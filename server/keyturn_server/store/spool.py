@@ -41,13 +41,13 @@ _SCHEMA: Final = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE records (
     seq         INTEGER PRIMARY KEY AUTOINCREMENT,
-    id          BLOB NOT NULL UNIQUE,
-    user_id     TEXT NOT NULL,
-    taken_at    INTEGER NOT NULL,
-    fingerprint BLOB NOT NULL,
-    body        BLOB NOT NULL,
-    signature   BLOB NOT NULL,
-    cause       TEXT
+    id          BLOB NOT NULL UNIQUE CHECK (typeof(id) = 'blob' AND length(id) = 16),
+    user_id     TEXT NOT NULL CHECK (typeof(user_id) = 'text'),
+    taken_at    INTEGER NOT NULL CHECK (typeof(taken_at) = 'integer' AND taken_at BETWEEN 0 AND 1e17),
+    fingerprint BLOB NOT NULL CHECK (typeof(fingerprint) = 'blob'),
+    body        BLOB NOT NULL CHECK (typeof(body) = 'blob'),
+    signature   BLOB NOT NULL CHECK (typeof(signature) = 'blob'),
+    cause       TEXT CHECK (typeof(cause) IN ('text', 'null'))
 );
 CREATE INDEX waiting ON records (seq) WHERE cause IS NULL;
 CREATE TABLE pulse (id INTEGER PRIMARY KEY CHECK (id = 1), at INTEGER NOT NULL);
