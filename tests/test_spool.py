@@ -3,104 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 import sqlite3
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import pytest_asyncio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as pb
-from keyturn_server.store.embedded import EmbeddedPostgres
 from keyturn_server.store.spool import SPOOL_FILE, SpoolError
 from tests.factories import Connection, Factory
 from tests.invariants import check_invariants
-from tests.proxy import Proxy, proxied
+from tests.outages import (
+    NOT_SERVING,
+    SERVING,
+    away,
+    becomes,
+    drained,
+    events,
+    health_of,
+    remembered,
+    rows,
+)
+from tests.proxy import Proxy
 from tests.refusals import Refusal, refused
-from tests.support import Fault, Sidecar, eventually, running_sidecar, temporary_directory
+from tests.support import Fault, eventually, running_sidecar
 
 SUCCESS, SPOOLED, IN_DATABASE = pb.OUTCOME_SUCCESS, pb.DURABILITY_SPOOLED, pb.DURABILITY_DATABASE
 CREDITS_ONLY = policy.CONSTRAINT_CREDITS_ONLY
-SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SECRET = "sk-live-canary-7f3a9b2c5d8e1f40"
 RECORDED = """
 SELECT (SELECT count(*) FROM api_key_usage)
      + (SELECT count(*) FROM credit_holds WHERE state = 'settled')
 """
-
-
-@pytest_asyncio.fixture
-async def proxy(cluster: EmbeddedPostgres) -> AsyncIterator[Proxy]:
-    async with proxied(cluster) as running:
-        yield running
-
-
-@pytest_asyncio.fixture
-async def directory() -> AsyncIterator[Path]:
-    async with temporary_directory() as made:
-        yield made / "spool"
-
-
-@pytest_asyncio.fixture
-async def spooling(
-    start_sidecar: Callable[..., Any], database: str, proxy: Proxy, directory: Path
-) -> Callable[..., Any]:
-    """Starts a sidecar with a spool, by way of the proxy."""
-
-    async def start(**changes: Any) -> Sidecar:
-        sidecar: Sidecar = await start_sidecar(
-            **{"database_url": proxy.dsn(database), "spool": directory, **changes}
-        )
-        return sidecar
-
-    return start
-
-
-def events(sidecar: Sidecar, name: str) -> list[dict[str, Any]]:
-    lines = map(json.loads, sidecar.log.getvalue().splitlines())
-    return [line for line in lines if line["event"] == name]
-
-
-async def health_of(sidecar: Sidecar, name: str) -> int:
-    stub: Any = health_pb2_grpc.HealthStub(sidecar.channel)
-    answer = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=30)
-    return int(answer.status)
-
-
-async def away(sidecar: Sidecar, proxy: Proxy) -> None:
-    """The database goes away, and the sidecar has noticed."""
-    proxy.go_away()
-    await becomes(sidecar, "keyturn.database", NOT_SERVING)
-
-
-async def becomes(sidecar: Sidecar, name: str, status: int) -> None:
-    async def is_so() -> bool:
-        return await health_of(sidecar, name) == status
-
-    await eventually(is_so)
-
-
-async def drained(directory: Path) -> None:
-    """Back when nothing is in the spool."""
-
-    async def is_empty() -> bool:
-        return rows(directory) == []
-
-    await eventually(is_empty)
-
-
-def rows(directory: Path) -> list[tuple[Any, ...]]:
-    """What is in the file, as somebody sees it who looks in."""
-    with closing(sqlite3.connect(directory / SPOOL_FILE)) as connection:
-        return connection.execute("SELECT id, user_id, body, cause FROM records ORDER BY seq").fetchall()
 
 
 async def test_a_ticket_is_settled_from_the_spool_once_the_database_is_back(
@@ -456,6 +396,7 @@ async def test_a_rejected_key_is_not_handed_out_again_while_its_record_waits(
     sidecar = await spooling()
     user = await make.user()
     good, bad, tired = [await make.key(user, priority=priority) for priority in (3, 1, 2)]
+    await remembered(sidecar, make, user)
     decision = await sidecar.decide(user)
     assert decision.key.key_id == str(bad)
     await away(sidecar, proxy)

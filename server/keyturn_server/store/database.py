@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -145,7 +145,8 @@ class Database:
             if not wait.expired():
                 wait.reschedule(now)
         for connection in list(self._lent):
-            connection.terminate()
+            with suppress(asyncpg.InterfaceError):  # it has ended by itself
+                connection.terminate()
 
     async def resume(self) -> None:
         """The server is back, on new connections."""
