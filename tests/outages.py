@@ -37,12 +37,12 @@ async def remembered(sidecar: Sidecar, make: Factory, *users: str) -> None:
     """Whatever was changed so far has been announced, and these users were asked for since."""
     marker = await make.user()
     await make.key(marker)
-    only = {"constraint": policy.CONSTRAINT_OWN_KEY_ONLY}
+    only: dict[str, Any] = {"constraint": policy.CONSTRAINT_OWN_KEY_ONLY}
     await sidecar.decide(marker, **only)
     await make.connection.execute("UPDATE user_api_keys SET is_active = false WHERE user_id = $1", marker)
 
     async def is_heard() -> bool:
-        return (await sidecar.decide(marker, **only)).HasField("denial")
+        return bool((await sidecar.decide(marker, **only)).HasField("denial"))
 
     await eventually(is_heard)
     for user in users:

@@ -8,6 +8,7 @@ import sqlite3
 import stat
 from collections.abc import Callable
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as pb
-from keyturn_server.store.spool import SPOOL_FILE, SpoolError
+from keyturn_server.store.spool import SPOOL_FILE, SpoolError, SpoolState, open_spool
 from tests.factories import Connection, Factory
 from tests.invariants import check_invariants
 from tests.outages import (
@@ -260,8 +261,90 @@ async def test_records_that_the_books_refuse_are_set_aside_and_hold_up_nobody(
     await eventually(are_set_aside)
     told = {event["user_id"]: event["cause"] for event in events(sidecar, "record_set_aside")}
     assert told == {users[1]: "conflict", users[3]: "hold_not_found", users[5]: "foreign"}
-    charged = dict(await sql.fetch("SELECT user_id, 1000 - balance_micros FROM credit_accounts"))
+    spent = await sql.fetch("SELECT user_id, 1000 - balance_micros AS micros FROM credit_accounts")
+    charged = {row["user_id"]: row["micros"] for row in spent}
     assert [charged[user] for user in users] == [40, 41, 40, 0, 40, 0, 40]
+
+
+async def test_a_record_that_cannot_be_brought_yet_holds_up_nobody_and_still_comes_first(
+    spooling: Callable[..., Any], proxy: Proxy, directory: Path, make: Factory, sql: Connection
+) -> None:
+    sidecar = await spooling()
+    users = [await make.user(micros=1_000) for _ in range(3)]
+    tickets = [await sidecar.decide(user, cost_micros=100) for user in users]
+    await away(sidecar, proxy)
+    for ticket in tickets:
+        await sidecar.record(ticket, SUCCESS, cost_micros=40)
+    async with sql.transaction():
+        await sql.execute("SELECT FROM credit_accounts WHERE user_id = $1 FOR UPDATE", users[0])
+        proxy.come_back()
+
+        async def are_drained() -> bool:
+            return [row[1] for row in rows(directory)] == users[:1]
+
+        await eventually(are_drained)
+        with pytest.raises(Fault) as caught:
+            await sidecar.record(tickets[0], SUCCESS, cost_micros=41)
+        Refusal.of(caught.value).check(grpc.StatusCode.ALREADY_EXISTS, "RECORD_CONFLICT")
+        again = await sidecar.record(tickets[0], SUCCESS, cost_micros=40)
+        assert (again.durability, again.replayed) == (SPOOLED, True)
+    await drained(directory)
+    assert await sql.fetchval("SELECT sum(balance_micros) FROM credit_accounts") == 3_000 - 120
+
+
+async def test_a_key_rests_from_when_its_record_was_taken(
+    spooling: Callable[..., Any], proxy: Proxy, directory: Path, make: Factory, sql: Connection
+) -> None:
+    sidecar = await spooling()
+    users = [await make.user() for _ in range(2)]
+    for user in users:
+        await make.key(user)
+    decisions = [await sidecar.decide(user) for user in users]
+    await away(sidecar, proxy)
+    for decision in decisions:
+        await sidecar.record(decision, pb.OUTCOME_RATE_LIMITED, retry_after={"seconds": 600})
+    with closing(sqlite3.connect(directory / SPOOL_FILE)) as connection:
+        for user, seconds in zip(users, (400, 900), strict=True):
+            connection.execute(
+                "UPDATE records SET taken_at = taken_at - ? WHERE user_id = ?", (seconds * 1_000_000, user)
+            )
+        connection.commit()
+    proxy.come_back()
+    await drained(directory)
+    left = [
+        await sql.fetchval("SELECT cooldown_until - now() FROM user_api_keys WHERE user_id = $1", user)
+        for user in users
+    ]
+    assert timedelta(0) < left[0] <= timedelta(seconds=200)
+    assert left[1] is None
+
+
+async def test_a_commit_waits_for_the_disk(directory: Path) -> None:
+    told: list[SpoolState] = []
+    async with open_spool(directory, max_records=10, max_bytes=2**20, on_state=told.append) as spool:
+        modes = await spool._run(
+            lambda connection: [
+                connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
+            ]
+        )
+    assert modes == ["wal", 2]
+    assert {state.cause for state in told} == {None}
+
+
+async def test_a_file_that_is_taken_away_is_not_written_to_any_more(
+    spooling: Callable[..., Any], proxy: Proxy, directory: Path, make: Factory
+) -> None:
+    sidecar = await spooling()
+    user = await make.user(micros=1_000)
+    tickets = [await sidecar.decide(user, cost_micros=10) for _ in range(2)]
+    await away(sidecar, proxy)
+    for path in directory.glob(f"{SPOOL_FILE}*"):
+        path.unlink()
+    for ticket in tickets:
+        assert (await sidecar.record(ticket, SUCCESS, cost_micros=1)).durability == SPOOLED
+    assert len(rows(directory)) == 2
+    proxy.come_back()
+    await drained(directory)
 
 
 async def test_a_spool_of_another_database_charges_nobody_there(
@@ -410,7 +493,9 @@ async def test_a_rejected_key_is_not_handed_out_again_while_its_record_waits(
     assert (await sidecar.decide(user)).key.key_id == str(good)
     proxy.come_back()
     await drained(directory)
-    states = await sql.fetch("SELECT id, is_valid, cooldown_until IS NOT NULL AS rests FROM user_api_keys")
+    states = await sql.fetch(
+        "SELECT id, is_valid, cooldown_until IS NOT NULL AS rests FROM user_api_keys WHERE user_id = $1", user
+    )
     assert {row["id"]: (row["is_valid"], row["rests"]) for row in states} == {
         good: (True, False),
         bad: (False, False),

@@ -26,6 +26,9 @@ T = TypeVar("T")
 WATCH_NAME = "keyturn watch"
 """How the watch's connection is called in pg_stat_activity."""
 
+_INTERVAL = timedelta(milliseconds=500)  # how often the watch asks
+_PAUSE = timedelta(milliseconds=250)  # before it tries another connection
+
 # What means "not now" and not "not like this": the server is away, going, full, too slow, read-only
 # after a failover, or two transactions stood in each other's way.
 _UNAVAILABLE = (
@@ -193,7 +196,7 @@ class Watch:
     one is made, and what comes of that is the verdict. A server that answers and does not let us in is
     not away: it refuses every call as fast as we could.
 
-    With a limit of 2 seconds silence is noticed within 2 seconds: up to 0.5 until the next look, and
+    With a limit of 2 seconds silence is noticed within 2 seconds: up to 0.5 until it is asked again, and
     0.75 for each of the two. While the server is away a new connection may take the whole limit.
     """
 
@@ -221,7 +224,7 @@ class Watch:
                 if connection is not None and error is None:
                     await self._until_doubtful(connection)
                 else:
-                    await asyncio.sleep(self._limit.total_seconds() / 8)
+                    await asyncio.sleep(_PAUSE.total_seconds())
             finally:
                 if connection is not None:
                     connection.terminate()
@@ -259,7 +262,7 @@ class Watch:
 
         connection.add_termination_listener(ended)
         try:
-            while not await _is_set(doubt, within=self._limit / 4):
+            while not await _is_set(doubt, within=_INTERVAL):
                 if await self._is_read_only(connection, self._limit * 3 / 8):
                     return
         except Exception:  # the next look says what it is
