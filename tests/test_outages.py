@@ -237,7 +237,7 @@ async def test_a_failover_to_a_server_that_takes_no_writes_is_noticed_and_over_w
     await drained(directory)
 
 
-async def test_a_database_that_lets_nobody_in_is_unavailable_and_records_are_spooled(
+async def test_a_database_that_lets_nobody_in_is_away_once_those_inside_have_left(
     spooling: Callable[..., Any], directory: Path, database: str, make: Factory, sql: Connection
 ) -> None:
     sidecar = await spooling()
@@ -245,12 +245,16 @@ async def test_a_database_that_lets_nobody_in_is_unavailable_and_records_are_spo
     ticket = await sidecar.decide(user, cost_micros=1)
     name = database.partition("?")[0].rpartition("/")[2]
     elsewhere: Connection = await asyncpg.connect(database, database="postgres")
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND "
     try:
         await elsewhere.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        await sql.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            "WHERE datname = current_database() AND application_name LIKE 'keyturn%'"
-        )
+        await sql.execute(f"{end} application_name = 'keyturn watch'")
+        for _ in range(20):
+            assert (await sidecar.decide(user, cost_micros=1)).HasField("ticket")
+            await asyncio.sleep(0.02)
+        assert await health_of(sidecar, "keyturn.database") == SERVING
+        await sql.execute(f"{end} application_name LIKE 'keyturn%'")
+        await becomes(sidecar, "keyturn.database", NOT_SERVING)
         assert (await sidecar.record(ticket, SUCCESS, cost_micros=1)).durability == SPOOLED
         await unavailable(sidecar, user, cost_micros=1)
         await elsewhere.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")

@@ -162,7 +162,8 @@ async def sidecar(
     The addresses come back as they are listened on. At the end of the block it drains: calls in
     flight are finished, what the ledger has queued is carried out, everything is closed. Raises
     `AddressError`, `AccessFileError`, `TlsError`, `UnreadableFile`, `KeyringError`, `WrongMasterKey`,
-    `NoDatabase`, `DatabaseRefused`, `MigrationError`, `EmbeddedPostgresError` and `StoreUnavailable`.
+    `NoDatabase`, `DatabaseRefused`, `MigrationError`, `EmbeddedPostgresError`, `SpoolError` and
+    `StoreUnavailable`.
     """
     if (settings.database_url is None) == (settings.embedded is None):
         raise NoDatabase

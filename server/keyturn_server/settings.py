@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     database_connections: int = Field(default=8, ge=2)
     connect_timeout: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
     statement_timeout: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
-    silence_timeout: timedelta = Field(default=timedelta(seconds=2), gt=timedelta(0))
+    silence_timeout: timedelta = Field(default=timedelta(seconds=2), ge=timedelta(milliseconds=100))
     """How long the database may say nothing before it counts as away."""
     degraded_for: timedelta = Field(default=timedelta(minutes=5), ge=timedelta(0))
     """How long own keys are decided on from what was last known while the database is away."""

@@ -112,6 +112,8 @@ class Database:
             is_ours = True
             self._lent.add(connection)
             try:
+                if self._is_away:  # it went in this very moment
+                    raise StoreUnavailable
                 yield connection
             finally:
                 self._lent.discard(connection)
@@ -193,8 +195,8 @@ class Watch:
     """Looks whether the server answers and takes writes, again and again, on a connection of its own.
 
     A connection that breaks, that says nothing for a while, or that is read-only proves little: another
-    one is made, and what comes of that is the verdict. A server that answers and does not let us in is
-    not away: it refuses every call as fast as we could.
+    one is made, and what comes of that is the verdict. Where the server answers and does not let us in (too
+    many connections, another password), those that we have are asked: while they work, it is there.
 
     With a limit of 2 seconds silence is noticed within 2 seconds: up to 0.5 until it is asked again, and
     0.75 for each of the two. While the server is away a new connection may take the whole limit.
@@ -216,18 +218,20 @@ class Watch:
 
     async def run(self) -> None:
         """Look until cancelled."""
+        loop = asyncio.get_running_loop()
         while True:
+            began = loop.time()
             self._database.doubt.clear()
             connection, error = await self._look()
             try:
                 await self._judge(error)
                 if connection is not None and error is None:
                     await self._until_doubtful(connection)
-                else:
-                    await asyncio.sleep(_PAUSE.total_seconds())
             finally:
                 if connection is not None:
                     connection.terminate()
+            # However many statements fail, it is not asked more often than this.
+            await asyncio.sleep(began + _PAUSE.total_seconds() - loop.time())
 
     async def _look(self) -> tuple[Connection | None, Exception | None]:
         """A new connection if it can be made, and why the server is not one that takes writes."""
@@ -241,16 +245,23 @@ class Watch:
         return connection, asyncpg.ReadOnlySQLTransactionError() if is_read_only else None
 
     async def _judge(self, error: Exception | None) -> None:
-        refused = isinstance(error, asyncpg.InsufficientResourcesError) or (
-            isinstance(error, asyncpg.PostgresError) and not is_unavailable(error)
-        )
-        if error is None or refused:
+        if error is None:
             if self._database.is_away:
                 await self._database.resume()
                 self._on_change(True, "", "")
-        elif not self._database.is_away:
+        elif not self._database.is_away and not (_is_refusal(error) and await self._others_work()):
             self._database.leave()
             self._on_change(False, type(error).__name__, getattr(error, "sqlstate", None) or "")
+
+    async def _others_work(self) -> bool:
+        """Whether the pool's connections do, though no new one can be made."""
+        try:
+            await _within(self._database.fetchval("SELECT 1"), self._limit)
+        except TimeoutError:  # all are in use
+            return True
+        except Exception:  # which has been told
+            return False
+        return True
 
     async def _until_doubtful(self, connection: Connection) -> None:
         """Back when there is reason to look anew: this connection broke, says nothing or that it is
@@ -273,6 +284,13 @@ class Watch:
     async def _is_read_only(self, connection: Connection, limit: timedelta) -> bool:
         asked = connection.fetchval("SELECT current_setting('transaction_read_only') = 'on'")
         return bool(await _within(asked, limit, give_up=connection.terminate))
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a server that is there and answers says so."""
+    return isinstance(error, asyncpg.InsufficientResourcesError) or (
+        isinstance(error, asyncpg.PostgresError) and not is_unavailable(error)
+    )
 
 
 async def _connect(dsn: str) -> Connection:
