@@ -141,10 +141,20 @@ class PushedCache(Generic[T]):
 
     async def expire(self, key: str) -> None:
         """The reading for `key` has changed: the next `get` loads it."""
-        if (flight := self._flights.pop(key, None)) is not None:
-            flight.is_current = False
         if (last := self._last.get(key)) is not None:
             self._last[key] = last._replace(is_outdated=True)
+        await self._drop(key)
+
+    async def amend(self, key: str, change: Callable[[T], T]) -> None:
+        """The reading for `key` has changed, and so far we alone know: the next `get` loads it, and until
+        then it is known as `change` makes it."""
+        if (last := self._last.get(key)) is not None:
+            self._last[key] = last._replace(value=change(last.value))
+        await self._drop(key)
+
+    async def _drop(self, key: str) -> None:
+        if (flight := self._flights.pop(key, None)) is not None:
+            flight.is_current = False
         await self._cache.delete(key)
 
     def ever_known(self, key: str) -> T | None:
@@ -160,14 +170,6 @@ class PushedCache(Generic[T]):
             return None
         now = asyncio.get_running_loop().time()
         return last.value, timedelta(seconds=now - last.known_at(now))
-
-    async def amend(self, key: str, change: Callable[[T], T]) -> None:
-        """The reading for `key` has changed, and so far we alone know: the next `get` loads it, and until
-        then it is known as `change` makes it."""
-        last = self._last.get(key)
-        await self.expire(key)
-        if last is not None:
-            self._remember(key, last._replace(value=change(last.value)))
 
     def _remember(self, key: str, last: _Last[T]) -> None:
         self._last.pop(key, None)

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 import sqlite3
-import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +25,7 @@ from uuid import UUID
 
 from keyturn_server.errors import KeyturnFault, SpoolCause, SpoolUnavailable
 from keyturn_server.grouping import Group
+from keyturn_server.private_files import locked, make_private
 
 T = TypeVar("T")
 
@@ -263,8 +262,8 @@ class Spool:
                     "Move it away and keep it: it may hold records that were acknowledged."
                 ) from None
         except OSError:
-            pass  # the look says so
-        await self.look()
+            pass
+        await self.look()  # says what else there was
 
     async def _put_group(self, records: Sequence[Spoolable]) -> list[Kept | SpoolUnavailable]:
         known = len(self._ids)
@@ -331,8 +330,9 @@ async def open_spool(
 
     What was set aside before is tried again. Raises `SpoolError`.
     """
-    _check_directory(directory)
-    with _locked(directory):
+    make_private(directory, what="spool", fault=SpoolError)
+    taken = f"{directory}: another sidecar has its spool there. Give each one a directory of its own."
+    with locked(directory / _LOCK_FILE, taken=taken, fault=SpoolError):
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spool")
         file = _File(directory / SPOOL_FILE)
         try:
@@ -398,6 +398,11 @@ class _File:
             connection.executescript(_SCHEMA)
         elif version != _VERSION:
             raise SpoolError(f"{self.path}: was made by another release of Keyturn; use that one.")
+        # After a failed fsync the kernel may take for written what is not: so what the log holds is written
+        # anew, to the file itself, before anybody is told that it is there.
+        (is_busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if is_busy:
+            raise sqlite3.OperationalError("somebody reads the file")
 
     def close(self) -> None:
         """Close it, whatever the disk says to that: what was committed is in the file or in its log."""
@@ -434,43 +439,6 @@ def _visiting(directory: Path) -> Iterator[sqlite3.Connection]:
             connection.close()
     except sqlite3.Error as error:
         raise SpoolError(f"{path}: cannot be read: {_name_of(error)}.") from None
-
-
-def _check_directory(directory: Path) -> None:
-    """Who can write there can undo records: so only its owner may."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        facts = directory.stat()
-    except OSError as error:
-        raise SpoolError(f"{directory}: cannot be made for the spool: {error.strerror}.") from None
-    if facts.st_uid != os.geteuid():
-        raise SpoolError(f"{directory}: the spool's directory belongs to somebody else.")
-    if stat.S_IMODE(facts.st_mode) & 0o077:
-        raise SpoolError(
-            f"{directory}: others can enter the spool's directory. Run: chmod 700 {directory}; "
-            "or name one in it, which will be made so."
-        )
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    try:
-        lock = os.open(directory / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise SpoolError(f"{directory / _LOCK_FILE}: cannot be opened: {error.strerror}.") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SpoolError(
-                f"{directory}: another sidecar has its spool there. Give each one a directory of its own."
-            ) from None
-        except OSError as error:
-            raise SpoolError(f"{directory}: cannot be locked: {error.strerror}.") from None
-        yield
-    finally:
-        # The file stays: removing it would let two sidecars lock two different files.
-        os.close(lock)
 
 
 def _sync_directory(directory: Path) -> None:
