@@ -380,7 +380,7 @@ class AsyncCall(CallState):
         self,
         outcome: Outcome = Outcome.AUTH_REJECTED,
         *,
-        http_status: int | None = 401,
+        http_status: int | None = None,
         error_message: str = "",
         retry_after: timedelta | None = None,
     ) -> None:
