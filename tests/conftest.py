@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -16,6 +17,7 @@ from keyturn_server.store.migrate import migrate
 from tests.factories import Connection, Factory
 from tests.invariants import check_invariants
 from tests.providers import NOBODY, Providers, playing_providers
+from tests.proxy import Proxy, proxied
 from tests.support import Sidecar, in_own_task, running_sidecar, temporary_directory
 
 _TEMPLATE = "migrated"
@@ -123,6 +125,35 @@ async def start_sidecar(
 
         yield start
     await check_invariants(sql, [record for sidecar in sidecars for record in sidecar.acknowledged])
+
+
+@pytest_asyncio.fixture
+async def proxy(cluster: EmbeddedPostgres) -> AsyncIterator[Proxy]:
+    """A proxy in front of the cluster, for a sidecar whose connections break."""
+    async with proxied(cluster) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def directory() -> AsyncIterator[Path]:
+    """Where a spool may be made."""
+    async with temporary_directory() as made:
+        yield made / "spool"
+
+
+@pytest_asyncio.fixture
+async def spooling(
+    start_sidecar: Callable[..., Any], database: str, proxy: Proxy, directory: Path
+) -> Callable[..., Any]:
+    """Starts a sidecar with a spool, by way of the proxy."""
+
+    async def start(**changes: Any) -> Sidecar:
+        sidecar: Sidecar = await start_sidecar(
+            **{"database_url": proxy.dsn(database), "spool": directory, **changes}
+        )
+        return sidecar
+
+    return start
 
 
 @pytest_asyncio.fixture

@@ -72,7 +72,7 @@ def converse(channel: grpc.aio.Channel, service: str) -> Any:
     return call(timeout=60)
 
 
-async def test_health_tells_of_the_process_each_service_and_the_push(sidecar: Sidecar) -> None:
+async def test_health_tells_of_the_process_each_service_the_push_and_the_database(sidecar: Sidecar) -> None:
     health = health_of(sidecar.channel)
     services = (
         "RoutingService",
@@ -82,7 +82,7 @@ async def test_health_tells_of_the_process_each_service_and_the_push(sidecar: Si
         "CreditService",
         "ReportService",
     )
-    names = ("", "keyturn.push", *(f"keyturn.v1.{service}" for service in services))
+    names = ("", "keyturn.push", "keyturn.database", *(f"keyturn.v1.{service}" for service in services))
     for name in names:
         assert (await health.Check(asked(name), timeout=30)).status == SERVING
         watch = health.Watch(asked(name), timeout=30)
