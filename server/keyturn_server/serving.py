@@ -38,6 +38,10 @@ _NOT_SERVING: int = health_pb2.HealthCheckResponse.NOT_SERVING
 # in 10 s is promised; the second less is for pings that were held up on their way.
 _PING_INTERVAL = timedelta(seconds=9)
 
+# A peer that went away without a word is noticed, and its connection closed.
+_KEEPALIVE = timedelta(minutes=1)
+_KEEPALIVE_TIMEOUT = timedelta(seconds=20)
+
 # One server an address: with SO_REUSEPORT a second one would silently take half of the calls.
 _OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -46,6 +50,8 @@ _OPTIONS = (
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL // timedelta(milliseconds=1)),
+    ("grpc.keepalive_time_ms", _KEEPALIVE // timedelta(milliseconds=1)),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT // timedelta(milliseconds=1)),
 )
 
 
@@ -129,6 +135,27 @@ class Services:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one connection may take, and for how long."""
+
+    streams: int
+    """Calls that it may have open at once; a client lets others wait."""
+    first_words: timedelta
+    """From its opening until it has said that it speaks HTTP/2, TLS included."""
+    idle: timedelta
+    """Without a call. It is then told to go, so that no call is lost."""
+
+    @property
+    def options(self) -> tuple[tuple[str, int], ...]:
+        """As gRPC takes them."""
+        return (
+            ("grpc.max_concurrent_streams", self.streams),
+            ("grpc.server_handshake_timeout_ms", max(1, self.first_words // timedelta(milliseconds=1))),
+            ("grpc.max_connection_idle_ms", max(1, self.idle // timedelta(milliseconds=1))),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
     """How callers may come in."""
 
@@ -167,6 +194,7 @@ async def serving(
     tls: Watched[TlsFiles] | None,
     with_reflection: bool,
     metrics_address: str | None,
+    limits: Limits,
     drain_timeout: timedelta,
     log: Any,
 ) -> AsyncIterator[tuple[str, ...]]:
@@ -175,7 +203,7 @@ async def serving(
     The addresses come back as they are listened on: a port of 0 as the port it became. Raises
     `AddressError`.
     """
-    server = grpc.aio.server(options=_OPTIONS)
+    server = grpc.aio.server(options=(*_OPTIONS, *limits.options))
     names = tuple(service.name for service in services.services)
     foreign = _Foreign()
     health_pb2_grpc.add_HealthServicer_to_server(services.health, foreign)
