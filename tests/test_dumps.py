@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -141,6 +143,7 @@ _FORGETTING = """
 from pathlib import Path
 from keyturn_server.settings import forget_secrets, read_settings
 import os
+import resource
 settings = read_settings()
 before = Path("/proc/self/environ").read_text()
 forget_secrets()
@@ -240,8 +243,8 @@ def test_what_the_kernel_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*arguments: Any) -> None:
         raise OSError(1, "Operation not permitted")
 
-    monkeypatch.setattr(dumps.ctypes, "CDLL", lambda name: _Refusing)
-    monkeypatch.setattr(dumps.resource, "setrlimit", refuse)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: _Refusing)
+    monkeypatch.setattr(resource, "setrlimit", refuse)
     assert dumps.forbid_dumps() == [
         "core dumps cannot be switched off: [Errno 1] Operation not permitted",
         "this process's memory cannot be closed to others: the kernel refuses",
