@@ -69,7 +69,6 @@ _MOST_SWEPT = 1000
 _FORGET_INTERVAL = timedelta(minutes=1)
 _MAX_WINDOWS = 1_000_000
 _LOOK_INTERVAL = timedelta(seconds=1)
-_LEAST_STREAMS = 100
 
 
 class NoDatabase(KeyturnFault):
@@ -124,12 +123,7 @@ async def sidecar(
                 tls=admission.tls,
                 with_reflection=settings.reflection,
                 metrics_address=settings.metrics,
-                limits=Limits(
-                    # One connection may fill the sidecar, and no more than that.
-                    streams=max(_LEAST_STREAMS, 2 * settings.max_concurrent_calls),
-                    first_words=settings.receive_timeout,
-                    idle=settings.idle_timeout,
-                ),
+                limits=Limits(first_words=settings.receive_timeout, idle=settings.idle_timeout),
                 drain_timeout=settings.drain_timeout,
                 log=log,
             ) as bound,

@@ -42,6 +42,10 @@ _PING_INTERVAL = timedelta(seconds=9)
 _KEEPALIVE = timedelta(minutes=1)
 _KEEPALIVE_TIMEOUT = timedelta(seconds=20)
 
+# More than we turn away in a second. There is no limit for each connection (max_concurrent_streams): clients of
+# gRPC open more streams than it allows, and hear UNAVAILABLE then.
+_MOST_PENDING = 16_384
+
 # One server an address: with SO_REUSEPORT a second one would silently take half of the calls.
 _OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -50,6 +54,9 @@ _OPTIONS = (
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL // timedelta(milliseconds=1)),
+    # Beyond 1000 that have not come to us yet gRPC would cancel calls, without a reason. We say why.
+    ("grpc.server.max_pending_requests", _MOST_PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
     ("grpc.keepalive_time_ms", _KEEPALIVE // timedelta(milliseconds=1)),
     ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT // timedelta(milliseconds=1)),
 )
@@ -136,10 +143,8 @@ class Services:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one connection may take, and for how long."""
+    """For how long a connection may do nothing."""
 
-    streams: int
-    """Calls that it may have open at once; a client lets others wait."""
     first_words: timedelta
     """From its opening until it has said that it speaks HTTP/2, TLS included."""
     idle: timedelta
@@ -149,7 +154,6 @@ class Limits:
     def options(self) -> tuple[tuple[str, int], ...]:
         """As gRPC takes them."""
         return (
-            ("grpc.max_concurrent_streams", self.streams),
             ("grpc.server_handshake_timeout_ms", max(1, self.first_words // timedelta(milliseconds=1))),
             ("grpc.max_connection_idle_ms", max(1, self.idle // timedelta(milliseconds=1))),
         )
