@@ -32,6 +32,7 @@ from keyturn_server.routing.model import Flags, KeyFacts, World
 from keyturn_server.routing.policy import choose_route
 from keyturn_server.rpc import status
 from keyturn_server.settings import ConnectionSettings, Settings, read_settings
+from tests.canaries import check_text
 from tests.cli.command import keyturn
 from tests.factories import Connection, Factory, legacy_sealed
 from tests.support import MASTER_KEY, Sidecar, temporary_directory
@@ -141,6 +142,7 @@ async def served(script: str, directory: Path) -> AsyncIterator[list[str]]:
             process.send_signal(signal.SIGTERM)
         _, rest = await process.communicate()
     assert process.returncode == 0, "".join(log) + rest.decode()
+    check_text("the log", "".join(log) + rest.decode())
 
 
 def pattern(shown: str) -> str:

@@ -42,8 +42,8 @@ _PING_INTERVAL = timedelta(seconds=9)
 _KEEPALIVE = timedelta(minutes=1)
 _KEEPALIVE_TIMEOUT = timedelta(seconds=20)
 
-# More than we turn away in a second. There is no limit for each connection (max_concurrent_streams): clients of
-# gRPC open more streams than it allows, and hear UNAVAILABLE then.
+# More than we turn away in a second. There is no limit for each connection (max_concurrent_streams): gRPC's
+# own clients open more streams than it allows, and hear UNAVAILABLE then.
 _MOST_PENDING = 16_384
 
 # One server an address: with SO_REUSEPORT a second one would silently take half of the calls.
