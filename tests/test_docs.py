@@ -302,6 +302,7 @@ def test_the_mode_table_of_the_readme_is_the_policy() -> None:
 FAULTS: list[Exception] = [
     status.MalformedRequest(),
     status.RequestTooLarge(70_000, 65_536),
+    status.OutOfTime(),
     errors.InvalidFields(("user_id", "Required."), ("cost_micros", "From 0 to 1000000000000; this is -1.")),
     status.BadToken(
         "credit_ticket",

@@ -99,7 +99,7 @@ class Settings(BaseSettings):
     drain_timeout: timedelta = Field(default=timedelta(seconds=15), gt=timedelta(0))
     """How long calls in flight may take after SIGTERM."""
 
-    max_concurrent_calls: int = Field(default=512, ge=1)
+    max_concurrent_calls: int = Field(default=1024, ge=1)
     """How many calls of the data plane are carried out at once; see rpc/guard.py."""
     receive_timeout: timedelta = Field(default=timedelta(seconds=20), gt=timedelta(0))
     """How long the body of a request, or a new connection's first words, may take to come."""
