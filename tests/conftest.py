@@ -12,8 +12,10 @@ from typing import Any
 import asyncpg
 import pytest_asyncio
 
+from keyturn_server import app
 from keyturn_server.store.embedded import EmbeddedPostgres
 from keyturn_server.store.migrate import migrate
+from tests.canaries import WatchedMetrics, check_text
 from tests.factories import Connection, Factory
 from tests.invariants import check_invariants
 from tests.providers import NOBODY, Providers, playing_providers
@@ -24,9 +26,10 @@ _TEMPLATE = "migrated"
 
 
 def pytest_configure() -> None:
-    """Tests read nothing from the environment of whoever runs them."""
+    """Tests read nothing from the environment of whoever runs them, and see what sidecars count."""
     for name in [name for name in os.environ if name.startswith(("KEYTURN_", "ENCRYPTION_KEY"))]:
         del os.environ[name]
+    app.Metrics = WatchedMetrics  # type: ignore[misc]
 
 
 def database_in(cluster: EmbeddedPostgres, name: str) -> str:
@@ -54,6 +57,7 @@ async def cluster() -> AsyncIterator[EmbeddedPostgres]:
         await Providers().play(connection, at=NOBODY)
         await connection.close()
         yield postgres
+        check_text("PostgreSQL's log", (directory / "pg" / "postgres.log").read_text())
 
 
 @pytest_asyncio.fixture

@@ -32,6 +32,7 @@ from keyturn_server.routing.model import Flags, KeyFacts, World
 from keyturn_server.routing.policy import choose_route
 from keyturn_server.rpc import status
 from keyturn_server.settings import ConnectionSettings, Settings, read_settings
+from tests.canaries import check_text
 from tests.cli.command import keyturn
 from tests.factories import Connection, Factory, legacy_sealed
 from tests.support import MASTER_KEY, Sidecar, temporary_directory
@@ -141,6 +142,7 @@ async def served(script: str, directory: Path) -> AsyncIterator[list[str]]:
             process.send_signal(signal.SIGTERM)
         _, rest = await process.communicate()
     assert process.returncode == 0, "".join(log) + rest.decode()
+    check_text("the log", "".join(log) + rest.decode())
 
 
 def pattern(shown: str) -> str:
@@ -300,6 +302,7 @@ def test_the_mode_table_of_the_readme_is_the_policy() -> None:
 FAULTS: list[Exception] = [
     status.MalformedRequest(),
     status.RequestTooLarge(70_000, 65_536),
+    status.OutOfTime(),
     errors.InvalidFields(("user_id", "Required."), ("cost_micros", "From 0 to 1000000000000; this is -1.")),
     status.BadToken(
         "credit_ticket",

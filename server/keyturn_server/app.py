@@ -43,7 +43,7 @@ from keyturn_server.rpc.pages import Pages
 from keyturn_server.rpc.report_service import ReportService
 from keyturn_server.rpc.routing_service import RoutingService
 from keyturn_server.rpc.user_service import UserService
-from keyturn_server.serving import Admission, Health, Services, claimed, serving
+from keyturn_server.serving import Admission, Health, Limits, Services, claimed, serving
 from keyturn_server.settings import Settings
 from keyturn_server.simulation import Simulator
 from keyturn_server.store.credits import Books
@@ -182,6 +182,7 @@ async def sidecar(
                 tls=admission.tls,
                 with_reflection=settings.reflection,
                 metrics_address=settings.metrics,
+                limits=Limits(first_words=settings.receive_timeout, idle=settings.idle_timeout),
                 drain_timeout=settings.drain_timeout,
                 log=log,
             ) as bound,
@@ -279,11 +280,15 @@ async def _services(
                 log=log,
                 on_call=metrics.called,
                 on_denied=_Denials(metrics, log),
+                on_shed=_Sheddings(metrics, log),
+                max_concurrent_calls=settings.max_concurrent_calls,
             ),
             audit=audit,
             metrics=metrics,
             log=log,
         )
+        metrics.calls_in_flight.set_function(lambda: parts.guard.in_flight)
+        background.start(parts.guard.give_up_bodies(settings.receive_timeout), name="bodies")
         if keyring is None:
             log.warning("byok_off", reason="ENCRYPTION_KEY is not set: own keys cannot be opened or saved")
         else:
@@ -505,6 +510,21 @@ class _Denials:
         if (now := time.monotonic()) >= self._next_lines.get(code, 0):
             self._next_lines[code] = now + 1
             self._log.warning("access_denied", code=code, method=method, caller=caller)
+
+
+class _Sheddings:
+    """Tells of calls that were one too many: each in the metrics, one a second in the log."""
+
+    def __init__(self, metrics: Metrics, log: Any) -> None:
+        self._metrics = metrics
+        self._log = log
+        self._next_line = 0.0
+
+    def __call__(self, method: str) -> None:
+        self._metrics.shed(method)
+        if (now := time.monotonic()) >= self._next_line:
+            self._next_line = now + 1
+            self._log.warning("overloaded", method=method)
 
 
 class _KeyChecks:

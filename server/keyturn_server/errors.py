@@ -21,7 +21,7 @@
     ├── LabelTaken            two keys of one user for one provider under one label
     ├── GrantConflict         one request_id, two amounts
     ├── LockoutNotAcknowledged
-    ├── Overloaded            more is queued than can be done in time
+    ├── Overloaded            there is more to do than can be done in time
     └── StoreUnavailable      PostgreSQL cannot be reached, or did not answer in time
         ├── RowLocked         somebody else keeps a row locked that the request needs
         └── SpoolUnavailable  and a record cannot be made durable on our own disk either
@@ -227,7 +227,7 @@ class SpoolUnavailable(StoreUnavailable):
 
 
 class Overloaded(KeyturnFault):
-    """More is queued than can be done in time; nothing was done."""
+    """There is more to do than can be done in time; nothing was done."""
 
     def __init__(self) -> None:
         super().__init__("Too many requests are waiting.")

@@ -20,6 +20,15 @@ class Metrics:
         )
         self._call_counters: dict[tuple[str, str], Counter] = {}
         """The children of `_calls`: finding one there costs more than counting."""
+        self.calls_in_flight = Gauge(
+            "keyturn_calls_in_flight", "RPCs being answered right now", registry=self.registry
+        )
+        self._shed = Counter(
+            "keyturn_shed_total",
+            "RPCs turned away because there was too much to do, by method",
+            ["method"],
+            registry=self.registry,
+        )
         self._groups = Histogram(
             "keyturn_group_size",
             "Requests that share one statement, by kind",
@@ -141,6 +150,10 @@ class Metrics:
         if counter is None:
             counter = self._call_counters[method, code] = self._calls.labels(method, code)
         counter.inc()
+
+    def shed(self, method: str) -> None:
+        """One RPC was turned away because there was too much to do."""
+        self._shed.labels(method).inc()
 
     def grouped(self, kind: str, size: int) -> None:
         """One group has been run."""

@@ -37,6 +37,14 @@ _NOT_SERVING: int = health_pb2.HealthCheckResponse.NOT_SERVING
 # in 10 s is promised; the second less is for pings that were held up on their way.
 _PING_INTERVAL = timedelta(seconds=9)
 
+# A peer that went away without a word is noticed, and its connection closed.
+_KEEPALIVE = timedelta(minutes=1)
+_KEEPALIVE_TIMEOUT = timedelta(seconds=20)
+
+# More than we turn away in a second. There is no limit for each connection (max_concurrent_streams): gRPC's
+# own clients open more streams than it allows, and hear UNAVAILABLE then.
+_MOST_PENDING = 16_384
+
 # One server an address: with SO_REUSEPORT a second one would silently take half of the calls.
 _OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -45,6 +53,11 @@ _OPTIONS = (
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL // timedelta(milliseconds=1)),
+    # Beyond 1000 that have not come to us yet gRPC would cancel calls, without a reason. We say why.
+    ("grpc.server.max_pending_requests", _MOST_PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
+    ("grpc.keepalive_time_ms", _KEEPALIVE // timedelta(milliseconds=1)),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT // timedelta(milliseconds=1)),
 )
 
 
@@ -128,6 +141,24 @@ class Services:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """For how long a connection may do nothing."""
+
+    first_words: timedelta
+    """From its opening until it has said that it speaks HTTP/2, TLS included."""
+    idle: timedelta
+    """Without a call. It is then told to go, so that no call is lost."""
+
+    @property
+    def options(self) -> tuple[tuple[str, int], ...]:
+        """As gRPC takes them."""
+        return (
+            ("grpc.server_handshake_timeout_ms", max(1, self.first_words // timedelta(milliseconds=1))),
+            ("grpc.max_connection_idle_ms", max(1, self.idle // timedelta(milliseconds=1))),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
     """How callers may come in."""
 
@@ -169,6 +200,7 @@ async def serving(
     tls: Watched[TlsFiles] | None,
     with_reflection: bool,
     metrics_address: str | None,
+    limits: Limits,
     drain_timeout: timedelta,
     log: Any,
 ) -> AsyncIterator[tuple[str, ...]]:
@@ -177,7 +209,7 @@ async def serving(
     The addresses come back as they are listened on: a port of 0 as the port it became. Raises
     `AddressError`.
     """
-    server = grpc.aio.server(options=_OPTIONS)
+    server = grpc.aio.server(options=(*_OPTIONS, *limits.options))
     names = tuple(service.name for service in services.services)
     foreign = _Foreign()
     health_pb2_grpc.add_HealthServicer_to_server(services.health, foreign)

@@ -9,9 +9,10 @@ import uvloop
 from cyclopts import Parameter
 
 from keyturn_server.app import sidecar
+from keyturn_server.dumps import forbid_dumps
 from keyturn_server.logs import get_log, logging_apart
 from keyturn_server.serving import until_signalled
-from keyturn_server.settings import read_settings
+from keyturn_server.settings import forget_secrets, read_settings, refuse_leaks
 
 
 def serve(
@@ -65,6 +66,7 @@ def serve(
     metrics
         host:port for Prometheus metrics over HTTP. [KEYTURN_METRICS]
     """
+    refuse_leaks()
     settings = read_settings(
         listen=tuple(listen) if listen else None,
         embedded=embedded,
@@ -78,6 +80,9 @@ def serve(
         tls_client_ca=tls_client_ca,
         metrics=metrics,
     )
+    forget_secrets()
     with logging_apart(settings.log_level) as lines:
         log = get_log()
+        for reason in forbid_dumps():
+            log.warning("dumps_allowed", reason=reason)
         uvloop.run(until_signalled(sidecar(settings, log=log, audit=lines), log=log))

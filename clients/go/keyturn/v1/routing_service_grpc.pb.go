@@ -64,7 +64,7 @@ type RoutingServiceClient interface {
 	//
 	// Errors: INVALID_ARGUMENT (`INVALID_TOKEN`), FAILED_PRECONDITION (`HANDLE_EXPIRED`,
 	// `HANDLE_REDEEMED`, `KEY_UNUSABLE`: deleted, replaced, refused, switched off or unreadable since),
-	// UNAVAILABLE.
+	// RESOURCE_EXHAUSTED (`OVERLOADED`), UNAVAILABLE.
 	Redeem(ctx context.Context, in *RedeemRequest, opts ...grpc.CallOption) (*RedeemResponse, error)
 	// What would `Decide` answer now, and why? No hold, no rate-limit hit, no secret.
 	//
@@ -72,11 +72,13 @@ type RoutingServiceClient interface {
 	Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error)
 	// Up to 500 decisions in one call. Each item has its own answer or status, in the order asked.
 	//
-	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), UNAVAILABLE.
+	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), RESOURCE_EXHAUSTED
+	// (`OVERLOADED`), UNAVAILABLE.
 	BatchDecide(ctx context.Context, in *BatchDecideRequest, opts ...grpc.CallOption) (*BatchDecideResponse, error)
 	// Up to 500 records in one call. Each item has its own answer or status, in the order sent.
 	//
-	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), UNAVAILABLE.
+	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), RESOURCE_EXHAUSTED
+	// (`OVERLOADED`), UNAVAILABLE.
 	BatchRecord(ctx context.Context, in *BatchRecordRequest, opts ...grpc.CallOption) (*BatchRecordResponse, error)
 }
 
@@ -183,7 +185,7 @@ type RoutingServiceServer interface {
 	//
 	// Errors: INVALID_ARGUMENT (`INVALID_TOKEN`), FAILED_PRECONDITION (`HANDLE_EXPIRED`,
 	// `HANDLE_REDEEMED`, `KEY_UNUSABLE`: deleted, replaced, refused, switched off or unreadable since),
-	// UNAVAILABLE.
+	// RESOURCE_EXHAUSTED (`OVERLOADED`), UNAVAILABLE.
 	Redeem(context.Context, *RedeemRequest) (*RedeemResponse, error)
 	// What would `Decide` answer now, and why? No hold, no rate-limit hit, no secret.
 	//
@@ -191,11 +193,13 @@ type RoutingServiceServer interface {
 	Explain(context.Context, *ExplainRequest) (*ExplainResponse, error)
 	// Up to 500 decisions in one call. Each item has its own answer or status, in the order asked.
 	//
-	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), UNAVAILABLE.
+	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), RESOURCE_EXHAUSTED
+	// (`OVERLOADED`), UNAVAILABLE.
 	BatchDecide(context.Context, *BatchDecideRequest) (*BatchDecideResponse, error)
 	// Up to 500 records in one call. Each item has its own answer or status, in the order sent.
 	//
-	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), UNAVAILABLE.
+	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), RESOURCE_EXHAUSTED
+	// (`OVERLOADED`), UNAVAILABLE.
 	BatchRecord(context.Context, *BatchRecordRequest) (*BatchRecordResponse, error)
 	mustEmbedUnimplementedRoutingServiceServer()
 }
