@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import itertools
 import json
 import secrets
 import signal
@@ -98,6 +97,8 @@ class World:
     loop: asyncio.AbstractEventLoop
     crash_every: int
     """How many operations lie between two crashes, at least."""
+    checks_logs: bool = True
+    """Whether no sidecar may have told of a defect."""
     processes: list[Process] = field(default_factory=list)
     operations: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -109,9 +110,6 @@ class World:
     first_failure: str = ""
     """The same of the first run that failed. Where time decides, another need not fail in the same way."""
     sealer: TokenSealer = field(init=False)
-    _marks: itertools.count[int] = field(default_factory=itertools.count)
-    _watched: str = ""
-    """A user who is only there so that one sees when a change has arrived."""
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs it in the loop's thread, from another."""
@@ -151,7 +149,8 @@ class World:
         served.signal(number)
         code = await served.end()
         assert code == (0 if number is signal.SIGTERM else -number), code
-        self.check_log(served)
+        if self.checks_logs:
+            self.check_log(served)
         await self.quiet()
         await self.processes[at].stack.aclose()
         await self.start(at)
@@ -177,12 +176,15 @@ class World:
     async def close(self) -> None:
         """Ends everything, in peace."""
         for process in self.processes:
-            process.served.signal(signal.SIGTERM)
+            if process.served.process.returncode is None:
+                process.served.signal(signal.SIGTERM)
         for process in self.processes:
-            assert await process.served.end() == 0
-            self.check_log(process.served)
+            code = await process.served.end()
             await process.channel.close()
             await process.stack.aclose()
+            if self.checks_logs:
+                assert code == 0
+                self.check_log(process.served)
 
     @staticmethod
     def check_log(served: Served) -> None:
@@ -198,18 +200,22 @@ class World:
     async def settle_push(self, which: set[int]) -> None:
         """Back when these sidecars have heard of every change that is committed by now.
 
-        Announcements come in the order of the commits and are handled in that order, so it is enough that the
-        last one has arrived."""
-        if not self._watched:
-            self._watched = f"watched-{secrets.token_hex(6)}"
-            await self.sql.execute("INSERT INTO users (id) VALUES ($1)", self._watched)
-        tier = f"mark-{next(self._marks)}"
-        await self.sql.execute("UPDATE users SET subscription_tier = $2 WHERE id = $1", self._watched, tier)
-        request = pb.ExplainRequest(decide=pb.DecideRequest(user_id=self._watched, provider="openai"))
+        Announcements come in the order of the commits and are handled in that order, so it is enough that a
+        last one has arrived: of a user whom nobody has asked about before, and whom each now has cached."""
+        watched = f"watched-{secrets.token_hex(6)}"
+        await self.sql.execute("INSERT INTO users (id, subscription_tier) VALUES ($1, 'before')", watched)
+        request = pb.ExplainRequest(decide=pb.DecideRequest(user_id=watched, provider="openai"))
+
+        async def tiers(at: int) -> list[str]:
+            answer, _ = await self.call(at, "Explain", request)
+            return [step.detail for step in answer.steps if step.check == "tier"]
+
+        for at in which:
+            assert "'before'" in (await tiers(at))[0]
+        await self.sql.execute("UPDATE users SET subscription_tier = 'after' WHERE id = $1", watched)
         for at in which:
             for _ in range(200 * _LIMIT_SECONDS):
-                answer, _ = await self.call(at, "Explain", request)
-                if any(f"{tier!r}" in step.detail for step in answer.steps):
+                if "'after'" in (await tiers(at))[0]:
                     break
                 await asyncio.sleep(0.005)
             else:
@@ -491,7 +497,8 @@ class LedgerMachine(RuleBasedStateMachine):
             error = found
             raise
         finally:
-            if error is not None and not self.world.first_failure:
+            # hypothesis ends a run by exceptions of its own as well.
+            if isinstance(error, AssertionError) and not self.world.first_failure:
                 self.world.first_failure = "\n".join([*self.world.journal, "", str(error)])
 
     async def _check_tables(self) -> None:
@@ -693,13 +700,16 @@ class LedgerMachine(RuleBasedStateMachine):
                 await meanwhile()
 
         places = [(first_at + index) % SIDECARS for index in range(len(actions))]
-        asked = asyncio.gather(
-            *(
-                self.world.call(at, action.method, action.request, safe=action.safe)
-                for action, at in zip(actions, places, strict=True)
-            )
-        )
-        answers, _ = await asyncio.gather(asked, disturb())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                asked = [
+                    tasks.create_task(self.world.call(at, action.method, action.request, safe=action.safe))
+                    for action, at in zip(actions, places, strict=True)
+                ]
+                tasks.create_task(disturb())
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        answers = [task.result() for task in asked]
         for action, at, (answer, _) in zip(actions, places, answers, strict=True):
             self._saw(action, at, answer)
         return [(action, *answer) for action, answer in zip(actions, answers, strict=True)]
@@ -917,6 +927,7 @@ class LedgerMachine(RuleBasedStateMachine):
         chosen = open_ones[which % len(open_ones) :][:how_many]
         for hold in chosen:
             self._sql(
+                # It makes another ticket of the same hold, since the ticket says when it expires.
                 "UPDATE credit_holds SET expires_at = clock_timestamp() - interval '1 second'"
                 " WHERE user_id = $1 AND id = $2::uuid",
                 *(user.id, hold.id),
@@ -1081,6 +1092,7 @@ async def run_machine(world: World, *, number: int, runs: int, steps: int, shrin
                 database=None,
                 phases=phases,
                 print_blob=True,
+                report_multiple_bugs=False,
                 suppress_health_check=list(HealthCheck),
             ),
         )
