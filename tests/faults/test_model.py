@@ -25,7 +25,7 @@ async def test_whatever_is_done_in_whatever_order_the_answers_and_the_books_are_
     database: str, sql: Connection, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     is_long: bool = pytestconfig.getoption("--faults-long")
-    number: int = pytestconfig.getoption("--faults-seed")
+    first: int = pytestconfig.getoption("--faults-seed")
     runs, steps, crash_every = (30, 40, 1_500) if is_long else (20, 25, 150)
     began = time.monotonic()
     async with AsyncExitStack() as stack:
@@ -34,8 +34,7 @@ async def test_whatever_is_done_in_whatever_order_the_answers_and_the_books_are_
 
         def told() -> str:
             return json.dumps(
-                {"seed": number, "operations": world.operations, "seconds": round(time.monotonic() - began)}
-                | world.counts
+                {"operations": world.operations, "seconds": round(time.monotonic() - began)} | world.counts
             )
 
         def is_enough() -> bool:
@@ -43,7 +42,7 @@ async def test_whatever_is_done_in_whatever_order_the_answers_and_the_books_are_
             lost = world.counts["disturbed: kill"] and world.counts["lost and asked again"]
             return bool(lost) and (not is_long or world.operations >= LONG_OPERATIONS)
 
-        for number in itertools.count(number):
+        for number in itertools.count(first):
             print(f"--faults-seed {number}")
             await run_machine(world, number=number, runs=runs, steps=steps)
             with capsys.disabled() if is_long else nullcontext():
