@@ -25,6 +25,7 @@ from prometheus_client import start_http_server
 from keyturn_server.access_file import Callers
 from keyturn_server.errors import KeyturnFault
 from keyturn_server.metrics import Metrics
+from keyturn_server.rpc.accepting import AcceptingServer
 from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Context, Guard, Service
 from keyturn_server.tls import TlsFiles
 from keyturn_server.watched import Watched
@@ -175,7 +176,7 @@ async def serving(
     The addresses come back as they are listened on: a port of 0 as the port it became. Raises
     `AddressError`.
     """
-    server = grpc.aio.server(options=_OPTIONS)
+    server = AcceptingServer(_OPTIONS)
     names = tuple(service.name for service in services.services)
     foreign = _Foreign()
     health_pb2_grpc.add_HealthServicer_to_server(services.health, foreign)
@@ -184,13 +185,11 @@ async def serving(
         reflected = (*names, *foreign.services, reflection.SERVICE_NAME)
         foreign.services |= _reflection(reflected, services.health.draining)
     guard = services.guard
-    server.add_generic_rpc_handlers(
-        [
-            *(guard.handler(service) for service in services.services),
-            *(guard.foreign(name, handlers) for name, handlers in foreign.services.items()),
-            guard.rest(),
-        ]
-    )
+    for service in services.services:
+        server.add_registered_method_handlers(service.name, guard.handlers(service))
+    for name, handlers in foreign.services.items():
+        server.add_registered_method_handlers(name, guard.foreign(handlers))
+    server.add_generic_rpc_handlers([guard.rest()])
     with contextlib.ExitStack() as stack:
         bound = tuple([_bind(server, address, tls) for address in addresses])
         if metrics_address is not None:

@@ -91,10 +91,9 @@ class Guard:
         self.in_flight = 0
         """Calls being answered right now."""
 
-    def handler(self, service: Service) -> grpc.GenericRpcHandler:
-        """The handler of all methods of a service."""
-        methods = {name: self._unary(name, method) for name, method in service.methods().items()}
-        return grpc.method_handlers_generic_handler(service.name, methods)
+    def handlers(self, service: Service) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """The handlers of all methods of a service, by name."""
+        return {name: self._unary(name, method) for name, method in service.methods().items()}
 
     def _unary(self, name: str, method: Method[Any]) -> grpc.RpcMethodHandler[Any, Any]:
         request_type, answer, roles, max_bytes = (
@@ -149,11 +148,10 @@ class Guard:
             await asyncio.wait(self._changes)
 
     def foreign(
-        self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
-    ) -> grpc.GenericRpcHandler:
-        """The handler of a service that is not ours, for whoever has any role."""
-        methods = {name: self._foreign(name, handler) for name, handler in handlers.items()}
-        return grpc.method_handlers_generic_handler(service, methods)
+        self, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+    ) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """The handlers of a service that is not ours, for whoever has any role."""
+        return {name: self._foreign(name, handler) for name, handler in handlers.items()}
 
     def _foreign(
         self, name: str, handler: grpc.RpcMethodHandler[Any, Any]
@@ -170,8 +168,15 @@ class Guard:
                 except (DecodeError, MalformedRequest):
                     status = self.status(name, MalformedRequest())
                     await context.abort_with_status(rpc_status.to_status(status))
-            response = await inner(request, context)
-            if not handler.response_streaming:
+            try:
+                response = await inner(request, context)
+            except grpc.aio.BaseError:  # gRPC's own: an abort, or a caller that went away
+                raise
+            except Exception as error:
+                status = self.status(name, error)
+                await context.abort_with_status(rpc_status.to_status(status))
+            # A library's method may set a status and return nothing.
+            if not handler.response_streaming and response is not None:
                 await context.write(response)
 
         return grpc.stream_stream_rpc_method_handler(
