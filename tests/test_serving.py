@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
@@ -128,6 +129,18 @@ async def test_channelz_says_of_what_is_not_there_that_it_is_not(start_sidecar: 
     stub = channelz_pb2_grpc.ChannelzStub(sidecar.channel)
     asked_for = stub.GetSubchannel(channelz_pb2.GetSubchannelRequest(subchannel_id=-1), timeout=30)
     assert await code_of(asked_for) is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_question_to_reflection_that_is_no_protobuf_is_malformed(
+    start_sidecar: Callable[..., Any],
+) -> None:
+    sidecar = await start_sidecar(reflection=True)
+    for name in REFLECTION:
+        ask: Any = sidecar.channel.unary_unary(f"/{name}/ServerReflectionInfo")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(b"\xff", timeout=30)
+        Refusal.of(caught.value).check(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
+    assert "internal_error" not in sidecar.log.getvalue()
 
 
 async def test_neither_is_there_when_not(sidecar: Sidecar) -> None:

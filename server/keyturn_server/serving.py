@@ -265,12 +265,15 @@ def _reflection(
 
     async def converse(requests: AsyncIterator[Any], context: Context) -> None:
         """Until the client has no more questions, or we are draining."""
-        async with asyncio.TaskGroup() as tasks:
-            answering = tasks.create_task(answer(requests, context))
-            ending = tasks.create_task(draining.wait())
-            await asyncio.wait((answering, ending), return_when=asyncio.FIRST_COMPLETED)
-            answering.cancel()
-            ending.cancel()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                answering = tasks.create_task(answer(requests, context))
+                ending = tasks.create_task(draining.wait())
+                await asyncio.wait((answering, ending), return_when=asyncio.FIRST_COMPLETED)
+                answering.cancel()
+                ending.cancel()
+        except ExceptionGroup as group:  # of one: only the answering can fail
+            raise group.exceptions[0] from None
 
     handler = grpc.stream_stream_rpc_method_handler(
         converse,

@@ -173,7 +173,8 @@ class Guard:
             except grpc.aio.BaseError:  # gRPC's own: an abort, or a caller that went away
                 raise
             except Exception as error:
-                status = self.status(name, error)
+                # A stream's messages are decoded as they are read.
+                status = self.status(name, MalformedRequest() if isinstance(error, DecodeError) else error)
                 await context.abort_with_status(rpc_status.to_status(status))
             # A library's method may set a status and return nothing.
             if not handler.response_streaming and response is not None:
