@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from hypothesis import strategies as st
+
+T = TypeVar("T")
+
+
+def weighted(*choices: tuple[int, st.SearchStrategy[T]]) -> st.SearchStrategy[T]:
+    """One of these, as often as its weight says: `one_of` draws each alike, however often it is given."""
+    places = [at for at, (weight, _) in enumerate(choices) for _ in range(weight)]
+    return st.sampled_from(places).flatmap(lambda at: choices[at][1])
+
 
 # -- protobuf ------------------------------------------------------------------------------------------
 
@@ -108,9 +117,10 @@ _UNKNOWN = st.one_of(
 
 def texts(*known: bytes) -> st.SearchStrategy[bytes]:
     """Contents of a string field: the edges, what is `known` to mean something, and parts of it."""
-    pool = st.sampled_from([*known, *known, *TEXTS])
-    return st.one_of(
-        pool, pool, st.sampled_from(known).flatmap(_damaged), st.text(max_size=12).map(str.encode)
+    return weighted(
+        (4, st.sampled_from([*known, *TEXTS])),
+        (1, st.sampled_from(known).flatmap(_damaged)),
+        (1, st.text(max_size=12).map(str.encode)),
     )
 
 
@@ -127,29 +137,57 @@ def _damaged(text: bytes) -> st.SearchStrategy[bytes]:
     )
 
 
-def bodies(descriptor: Descriptor, known: Sequence[bytes], *, depth: int = 0) -> st.SearchStrategy[bytes]:
-    """Bodies of a message: each field left out, given, given twice, of a wrong type; others besides; cut."""
-    strings = texts(*known)
-    parts = [_part(each, known, strings, depth) for each in descriptor.fields]
-    chosen: st.SearchStrategy[Any] = st.tuples(
-        *(st.one_of(st.just(b""), part, part) for part in parts), st.one_of(*[st.just(b"")] * 12, _UNKNOWN)
-    )
-    whole = chosen.map(b"".join)
-    shuffled = st.lists(st.one_of(*parts, _UNKNOWN), max_size=6).map(b"".join) if parts else _UNKNOWN
-    body = st.one_of(whole, whole, whole, whole, shuffled)
+Likely = Mapping[str, Sequence[bytes]]
+"""Texts that mean something, by the name of the field in which they do."""
+_LIKELY_NUMBERS = {
+    "page_size": [1, 2, 100, 1000],
+    "seconds": [60, 3600, 86_400, 1_700_000_000],
+    "nanos": [0, 1, 999_999_999],
+    "http_status": [200, 429, 500],
+}
+
+
+def bodies(descriptor: Descriptor, likely: Likely, *, depth: int = 0) -> st.SearchStrategy[bytes]:
+    """Bodies of a message: as they ought to be, but for one field; with every field at some edge; with fields
+    left out, given again, of a wrong type; with others besides; cut."""
+    strings = texts(*(text for found in likely.values() for text in found))
+    fields = list(descriptor.fields)
+    ought = [weighted((5, _likely_part(one, likely, depth)), (1, st.just(b""))) for one in fields]
+    odd = [_part(one, likely, strings, depth) for one in fields]
+    unknown = weighted((30, st.just(b"")), (1, _UNKNOWN))
+    kinds = [st.tuples(*ought, unknown).map(b"".join)]
+    for at in range(len(fields)):
+        parts = [odd[at] if index == at else one for index, one in enumerate(ought)]
+        kinds.append(st.tuples(*parts, unknown).map(b"".join))
+    every = [weighted((1, st.just(b"")), (2, one)) for one in odd]
+    kinds.append(st.tuples(*every, unknown).map(b"".join))
     if depth:
-        return body
-    cut = st.tuples(body, st.integers(0, 200)).map(lambda drawn: drawn[0][: drawn[1]])
-    return st.one_of(body, body, body, body, body, cut, st.binary(max_size=60))
+        return st.one_of(kinds)
+    kinds.append(st.lists(st.one_of(*odd, _UNKNOWN), max_size=6).map(b"".join))
+    kinds.append(st.tuples(kinds[0], st.integers(0, 200)).map(lambda drawn: drawn[0][: drawn[1]]))
+    kinds.append(st.binary(max_size=60))
+    return st.one_of(kinds)
+
+
+def _likely_part(one: FieldDescriptor, likely: Likely, depth: int) -> st.SearchStrategy[bytes]:
+    if one.message_type is not None:
+        value = bodies(one.message_type, likely, depth=depth + 1) if depth < 3 else st.just(b"")
+        wire_type = LENGTH
+    elif one.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES):
+        value, wire_type = st.sampled_from(likely.get(one.name, [b"a text"])), LENGTH
+    else:
+        numbers = _LIKELY_NUMBERS.get(one.name, [0, 1, 2, 3])
+        value, wire_type = st.sampled_from([varint(number) for number in numbers]), VARINT
+    return value.map(lambda content: field(one.number, wire_type, content))
 
 
 def _part(
-    one: FieldDescriptor, known: Sequence[bytes], strings: st.SearchStrategy[bytes], depth: int
+    one: FieldDescriptor, likely: Likely, strings: st.SearchStrategy[bytes], depth: int
 ) -> st.SearchStrategy[bytes]:
     number = one.number
     if one.message_type is not None:
         wire_type = LENGTH
-        value = bodies(one.message_type, known, depth=depth + 1) if depth < 3 else st.just(b"")
+        value = bodies(one.message_type, likely, depth=depth + 1) if depth < 3 else st.just(b"")
     elif one.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES):
         wire_type, value = LENGTH, strings
     else:
@@ -159,7 +197,7 @@ def _part(
         lambda other: _any_value(other).map(lambda content: field(number, other, content))
     )
     repeated = st.lists(good, min_size=2, max_size=4).map(b"".join)
-    return st.one_of(*[good] * 12, wrong, repeated, *([repeated] * 3 if one.is_repeated else []))
+    return weighted((12, good), (1, wrong), (4 if one.is_repeated else 1, repeated))
 
 
 # -- HTTP/2 --------------------------------------------------------------------------------------------
