@@ -86,7 +86,7 @@ async def _new_database(cluster: EmbeddedPostgres, template: str, stack: AsyncEx
         finally:
             await connection.close()
 
-    await run(f"CREATE DATABASE {name} TEMPLATE {template}")
+    await run(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
     stack.push_async_callback(run, f"DROP DATABASE {name} WITH (FORCE)")
     return database_in(cluster, name)
 

@@ -9,10 +9,10 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import anthropic
 import httpx2
@@ -743,6 +743,54 @@ async def test_the_secret_shows_up_nowhere(
         assert OTHER_CANARY not in text
     assert any(each.name.startswith("httpcore") for each in caplog.records)
     await sdks.recorded()
+
+
+class Tattler(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    """The body of an answer that breaks with the signature of its request in every frame, and behind them."""
+
+    def __init__(self, request: httpx2.Request) -> None:
+        self.request = request
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"data: {}\n\n"
+        tattle(self.request)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"data: {}\n\n"
+        tattle(self.request)
+
+
+def tattle(request: httpx2.Request) -> NoReturn:
+    signature = request.headers["authorization"]
+    raise httpx2.ReadError("The connection broke.", request=request) from OSError(signature)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["at once", "in the middle"])
+async def test_what_is_below_leaves_no_trace_in_an_error(
+    sdks: Sdks, make: Factory, sql: Connection, stream: bool
+) -> None:
+    def provider(request: httpx2.Request) -> httpx2.Response:
+        if not stream:
+            tattle(request)
+        headers = {"content-type": "text/event-stream"}
+        return httpx2.Response(200, headers=headers, stream=Tattler(request))
+
+    user = await user_with_key(make)
+    sdk = sdks.openai(user, terms={"transport": httpx2.MockTransport(provider)})
+
+    async def ask() -> None:
+        answer = await sdks.do(sdk.chat.completions.create, **CHAT, stream=stream)
+        await sdks.all(answer)
+
+    with pytest.raises(openai.APIConnectionError) as caught:
+        await ask()
+    assert CANARY not in report_of(caught.value)
+    broken: Any = caught.value.__cause__
+    assert isinstance(broken, httpx2.ReadError)
+    assert str(broken) == "The connection broke."
+    assert broken.request.headers["authorization"] == f"Bearer {PLATFORM}"
+    await sdks.recorded()
+    assert (await the_usage(sql))["outcome"] == "PROVIDER_ERROR"
 
 
 # ------------------------------------------------------------------- what it is made for and of

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"regexp"
 	"strconv"
 	"strings"
@@ -166,6 +167,9 @@ func errorOfItem(item *keyturnv1.Status) *Error {
 	return build(statusCode, item.GetMessage(), item.GetDetails())
 }
 
+// maxRetryAfter leaves room for a jitter to be added.
+const maxRetryAfter time.Duration = math.MaxInt64 / 2
+
 // build makes an Error. Details are an extra: those that are garbled are left out.
 func build(statusCode codes.Code, message string, details []*anypb.Any) *Error {
 	e := &Error{Code: statusCode, Message: message}
@@ -185,7 +189,7 @@ func build(statusCode codes.Code, message string, details []*anypb.Any) *Error {
 				e.FieldViolations = append(e.FieldViolations, FieldViolation{each.GetField(), each.GetDescription()})
 			}
 		case *errdetails.RetryInfo:
-			e.RetryAfter = max(0, detail.GetRetryDelay().AsDuration())
+			e.RetryAfter = min(max(0, detail.GetRetryDelay().AsDuration()), maxRetryAfter)
 		case *errdetails.ResourceInfo:
 			e.Resource = &Resource{detail.GetResourceType(), detail.GetResourceName(), detail.GetDescription()}
 		}

@@ -108,6 +108,14 @@ func TestAWaitBelowZeroIsNone(t *testing.T) {
 	equal(t, "retry after", err.RetryAfter, 0)
 }
 
+func TestAWaitOfAgesIsNotTurnedIntoNone(t *testing.T) {
+	ages := &errdetails.RetryInfo{RetryDelay: &durationpb.Duration{Seconds: 315_576_000_000}}
+	s := serve(t, &sidecar{onDecide: scripted[keyturnv1.DecideRequest](ticketAnswer, fault(codes.Unavailable, "X", ages))})
+	_, err := s.open(t, keyturn.Options{}).Decide(t.Context(), request())
+	equal(t, "unavailable", errors.Is(err, keyturn.ErrUnavailable), true)
+	equal(t, "attempts", len(s.asked), 1)
+}
+
 func TestGarbledDetailsDoNotMaskTheStatus(t *testing.T) {
 	garbledDetail := status.New(codes.NotFound, "gone").Proto()
 	garbledDetail.Details = []*anypb.Any{

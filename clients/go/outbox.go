@@ -303,10 +303,13 @@ func (o *outbox) close() []Unsent {
 	o.stop()
 	_ = o.await(context.Background(), func() bool { return !o.sending }) // it ends at once
 	var left []Unsent
-	for _, each := range o.queue {
+	for _, each := range o.queue { // nobody else takes out or puts in any more
 		left = append(left, Unsent{Record: each.record, Err: given(each.err, ErrClosed)})
 		o.report(left[len(left)-1])
 	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	o.queue = nil
+	o.announce()
 	return left
 }

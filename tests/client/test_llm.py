@@ -11,6 +11,7 @@ import pytest
 from keyturn import _llm
 from keyturn._llm import AnswerReader, endpoint_of, read_error, read_request, retry_after_of
 
+STREAM = "text/event-stream; charset=utf-8"
 NOW = datetime(2026, 5, 6, 12, 0, 0, tzinfo=UTC)
 
 
@@ -103,7 +104,7 @@ def test_a_stream_is_read_however_it_is_cut(newline: bytes, size: int, hides: bo
     end = newline * 2
     comment = b": keep-alive" + end
     body = comment + CHUNK + end + TOLD + end + DONE + end
-    reader = AnswerReader(stream=True, hides_usage=hides)
+    reader = AnswerReader(STREAM, hides_usage=hides)
     shown = b"".join(reader.feed(body[at : at + size]) for at in range(0, len(body), size)) + reader.end()
     assert shown == (body.replace(TOLD + end, b"") if hides else body)
     assert (reader.done, reader.error, reader.model) == (True, None, "m")
@@ -112,20 +113,20 @@ def test_a_stream_is_read_however_it_is_cut(newline: bytes, size: int, hides: bo
 
 def test_what_is_left_without_its_blank_line_is_read_and_shown() -> None:
     for hides in (False, True):
-        reader = AnswerReader(stream=True, hides_usage=hides)
+        reader = AnswerReader(STREAM, hides_usage=hides)
         shown = reader.feed(CHUNK + b"\n\n" + DONE) + reader.end()
         assert shown == CHUNK + b"\n\n" + DONE
         assert reader.done
 
 
 def test_a_whole_event_is_never_held_back() -> None:
-    reader = AnswerReader(stream=True, hides_usage=True)
+    reader = AnswerReader(STREAM, hides_usage=True)
     assert reader.feed(CHUNK + b"\n\n") == CHUNK + b"\n\n"
     assert reader.feed(CHUNK) == b""
 
 
 def whole(said: Any) -> Any:
-    reader: Any = AnswerReader(stream=False)
+    reader: Any = AnswerReader("application/json; charset=utf-8")
     body = said if isinstance(said, bytes) else json.dumps(said).encode()
     assert reader.feed(body) == body
     assert not reader.done
@@ -169,8 +170,16 @@ def test_an_answer_that_tells_no_usage(said: Any) -> None:
     assert whole(said).usage is None
 
 
+def test_sound_and_images_are_not_kept() -> None:
+    reader = AnswerReader("audio/mpeg")
+    assert reader.feed(b"x" * 1000) == b"x" * 1000
+    assert len(reader._rest) == 0
+    assert reader.end() == b""
+    assert (reader.done, reader.usage) == (True, None)
+
+
 def test_the_counts_of_a_message_grow_with_its_events() -> None:
-    reader: Any = AnswerReader(stream=True)
+    reader: Any = AnswerReader(STREAM)
     for said in (
         {
             "type": "message_start",
@@ -202,7 +211,7 @@ def test_the_counts_of_a_message_grow_with_its_events() -> None:
     ],
 )
 def test_an_error_in_a_stream(event: Any, error: str) -> None:
-    reader = AnswerReader(stream=True)
+    reader = AnswerReader(STREAM)
     reader.feed(b"data: " + json.dumps(event).encode() + b"\n\n")
     assert (reader.error, reader.done) == (error, False)
 

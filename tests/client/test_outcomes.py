@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -575,13 +576,17 @@ class Alarm(BaseException):
 
 @contextmanager
 def alarm_when(reached: threading.Event) -> Iterator[None]:
-    """An exception in this, the main, thread once `reached` is set."""
+    """An exception in this, the main, thread a while after `reached` is set: when it waits for the answer.
+
+    Before that it may hold a lock of gRPC's, as it may with any exception that a signal raises anywhere.
+    """
 
     def ring(number: int, frame: object) -> None:
         raise Alarm
 
     def wait_and_ring() -> None:
         reached.wait(60)
+        time.sleep(0.5)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, ring)

@@ -5,7 +5,7 @@ one edge after another; tokens that were tampered with; metadata and sizes beyon
 no client would send, by a socket of our own. Meanwhile an ordinary client is served. Afterwards its log tells
 of no defect, and memory and descriptors are what they were.
 
-Short in `make test`, always from the same seed. Long with `make test-faults ARGS=--long`.
+Short in `make test`, always from the same seed. Long with `make test-faults ARGS=--faults-long`.
 """
 
 from __future__ import annotations

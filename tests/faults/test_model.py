@@ -1,7 +1,7 @@
 """Random work on real sidecars against a model of the ledger: tests/faults/ledger_machine.py.
 
 Short in `make test`, always from the same seed. Long, 200,000 operations and more, with `make test-faults
-ARGS=--long`. A run that fails says which seed it was drawn from: `--faults-seed` draws it again.
+ARGS=--faults-long`. A run that fails says which seed it was drawn from: `--faults-seed` draws it again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Would the model notice? Each of the ledger's safeguards is taken out of the database in turn, and the same
 random work must then fail. With all of them in place, and the same pauses, it does not.
 
-Three safeguards in `make test`, all of them with `make test-faults ARGS=--long`.
+Three safeguards in `make test`, all of them with `make test-faults ARGS=--faults-long`.
 """
 
 from __future__ import annotations

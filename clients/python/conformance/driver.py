@@ -436,13 +436,17 @@ def prints(value: Any) -> Iterator[str]:
     yield logging.LogRecord("it", logging.INFO, "", 0, "%s %r", (value, value), None).getMessage()
     with suppress(TypeError):
         yield repr(vars(value)) + str(vars(value))
-    with suppress(Exception):
-        yield repr(pickle.dumps(value))
+    if (held := secret_of(value)) is not None:
+        with suppress(TypeError):
+            yield repr(pickle.dumps(held)) + repr(pickle.dumps(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield repr(copy.deepcopy(value))
         yield repr(dataclasses.asdict(value)) + repr(dataclasses.astuple(value))
     if isinstance(value, BaseException):
-        report = traceback.TracebackException.from_exception(value, capture_locals=True)
+        trace = value.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+            trace = trace.tb_next  # the command itself, as it came
+        report = traceback.TracebackException(type(value), value, trace, capture_locals=True)
         yield "".join(report.format())
 
 

@@ -221,6 +221,8 @@ class CallState:
         self._require_open()
         if self.key is None:
             raise RuntimeError("credits pay for this call: there is no own key to refuse")
+        if http_status is None and outcome is Outcome.AUTH_REJECTED:
+            http_status = 401
         self.failed(outcome, http_status=http_status, error_message=error_message, retry_after=retry_after)
         return RecordRequest(self.key, outcome, **self._noted)
 

@@ -85,10 +85,12 @@ def read_request(method: str, endpoint: str, provider: str, body: bytes) -> Aske
 class AnswerReader:
     """Reads a good answer while it goes by: the usage and the model, and how it ended."""
 
-    def __init__(self, *, stream: bool, hides_usage: bool = False) -> None:
-        self._stream = stream
+    def __init__(self, content_type: str, *, hides_usage: bool = False) -> None:
+        self._stream = content_type.startswith("text/event-stream")
+        self._keeps = self._stream or "json" in content_type  # not of sound, or an image
         self._hides_usage = hides_usage
         self._rest = bytearray()  # of a stream, what is no whole event yet; else all of it
+        self._looked_at = 0
         self._counts: dict[str, Any] = {}
         self.model = ""
         self.done = False
@@ -98,7 +100,8 @@ class AnswerReader:
 
     def feed(self, chunk: bytes) -> bytes:
         """Takes the next bytes, and gives those that the caller is to get now."""
-        self._rest += chunk
+        if self._keeps:
+            self._rest += chunk
         if not self._stream:
             return chunk
         shown = bytearray()
@@ -138,11 +141,13 @@ class AnswerReader:
 
     def _next_event(self) -> bytes | None:
         """The next whole event of a stream, with the blank line that ends it."""
-        end = _END_OF_EVENT.search(self._rest)
+        end = _END_OF_EVENT.search(self._rest, self._looked_at)
         if end is None:
+            self._looked_at = max(0, len(self._rest) - 3)
             return None
         event = bytes(self._rest[: end.end()])
         del self._rest[: end.end()]
+        self._looked_at = 0
         return event
 
     def _read_event(self, event: bytes) -> bool:

@@ -97,8 +97,8 @@ def record_request(record: model.RecordRequest) -> pb.RecordRequest:
     return request
 
 
-def redeem_request(handle: model.KeyHandle | str) -> pb.RedeemRequest:
-    return pb.RedeemRequest(key_handle=handle.handle if isinstance(handle, model.KeyHandle) else str(handle))
+def redeem_request(handle: model.SealedHandle) -> pb.RedeemRequest:
+    return pb.RedeemRequest(key_handle=handle)
 
 
 def explain_request(asked: model.DecideRequest) -> pb.ExplainRequest:

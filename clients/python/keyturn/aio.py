@@ -28,6 +28,7 @@ from keyturn.model import (
     RequestFields,
     Settles,
     Unsent,
+    sealed_handle,
 )
 from keyturn.secret import Secret
 from keyturn.v1 import routing_service_pb2 as pb
@@ -140,6 +141,7 @@ class AsyncClient(ClientState):
 
     async def redeem(self, handle: KeyHandle | str, *, timeout: timedelta | None = None) -> Secret:
         """The secret behind a key handle, once per handle and never retried. As `Client.redeem`."""
+        handle = sealed_handle(handle)
         return _wire.secret(
             await self._call(self._routing.Redeem, _wire.redeem_request(handle), timeout, retry=False)
         )
@@ -378,7 +380,7 @@ class AsyncCall(CallState):
         self,
         outcome: Outcome = Outcome.AUTH_REJECTED,
         *,
-        http_status: int | None = 401,
+        http_status: int | None = None,
         error_message: str = "",
         retry_after: timedelta | None = None,
     ) -> None:

@@ -30,6 +30,7 @@ from keyturn.model import (
     RequestFields,
     Settles,
     Unsent,
+    sealed_handle,
 )
 from keyturn.secret import Secret
 from keyturn.v1 import routing_service_pb2 as pb
@@ -48,7 +49,7 @@ _OPEN: weakref.WeakSet[Client] = weakref.WeakSet()
 def _close_all() -> None:
     """A process that ends without closing its clients still sends what they have queued, or tells of it."""
     for client in list(_OPEN):
-        client.close()
+        client._drain()
 
 
 class Client(ClientState):
@@ -78,9 +79,9 @@ class Client(ClientState):
     client is closed, and `TypeError` or `ValueError` for an argument that cannot be sent.
     Raises `ValueError` itself for a target, a token or certificates that cannot work.
 
-    An exception that a signal raises in the middle of a call (`KeyboardInterrupt`, an alarm's timeout)
-    leaves nothing half done: a decision whose request id was made here is undone, a record is sent in
-    the background.
+    An exception that a signal raises while a call waits (`KeyboardInterrupt`, an alarm's timeout) leaves
+    nothing half done: a decision whose request id was made here is undone, a record is sent in the
+    background.
     """
 
     def _open(self) -> None:
@@ -114,6 +115,11 @@ class Client(ClientState):
         Gives the records that were left in the queue, which `on_unsent` was told of too. From now on
         calls raise `RuntimeError`; those still running in other threads are cancelled at the end.
         """
+        left = self._drain()
+        self._channel.close()
+        return left
+
+    def _drain(self) -> list[Unsent]:
         with self._changed:
             self._closing = True
             undoing = list(self._undoing)
@@ -122,7 +128,6 @@ class Client(ClientState):
         with self._changed:
             self._changed.wait_for(lambda: self._sender is None, self._close_timeout.total_seconds())
         self._closed.set()
-        self._channel.close()
         with self._changed:
             left = self._queue.give_up()
         report(self._on_unsent, left)
@@ -197,6 +202,7 @@ class Client(ClientState):
         Never retried: a redemption that seemed to fail may have been carried out, and the next one
         would be refused. Decide again with the same request id for a fresh handle.
         """
+        handle = sealed_handle(handle)
         return _wire.secret(self._call(self._stub.Redeem, _wire.redeem_request(handle), timeout, retry=False))
 
     def explain(self, *, timeout: timedelta | None = None, **fields: Unpack[RequestFields]) -> Explanation:
@@ -393,7 +399,7 @@ class Call(CallState):
         self,
         outcome: Outcome = Outcome.AUTH_REJECTED,
         *,
-        http_status: int | None = 401,
+        http_status: int | None = None,
         error_message: str = "",
         retry_after: timedelta | None = None,
     ) -> None:

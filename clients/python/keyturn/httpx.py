@@ -274,8 +274,8 @@ class _Exchange:
     ) -> httpx.Response:
         """The provider's answer, which is recorded when it has gone by."""
         self._status = response.status_code
-        is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-        self.reader = _llm.AnswerReader(stream=is_stream, hides_usage=self._asked.hides_usage)
+        content_type = response.headers.get("content-type", "")
+        self.reader = _llm.AnswerReader(content_type, hides_usage=self._asked.hides_usage)
         return httpx.Response(
             response.status_code,
             headers=_decoded(response.headers),
@@ -332,7 +332,6 @@ class _Exchange:
             outcome = Outcome.PROVIDER_ERROR
         self.end(outcome)
         error.__cause__ = error.__context__ = None
-        error.request = self._request
         return error.with_traceback(None)
 
     def end(self, outcome: Outcome | None = None, *, whole: bool = False) -> None:

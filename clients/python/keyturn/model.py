@@ -187,6 +187,11 @@ class KeyHandle:
         return {self.auth_header: self.auth_prefix + self.secret.reveal()}
 
 
+def sealed_handle(key: KeyHandle | str) -> SealedHandle:
+    """The handle of a key, or one that was kept as text: from here on it prints cut short."""
+    return key.handle if isinstance(key, KeyHandle) else SealedHandle(key)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreditTicket:
     """A hold on the user's prepaid balance for one request."""
@@ -363,10 +368,7 @@ class DecideRequest:
             raise TypeError("failed_keys is a sequence of keys or handles, not one string")
         if not self.request_id:
             object.__setattr__(self, "request_id", uuid4().hex)
-        handles = tuple(
-            key.handle if isinstance(key, KeyHandle) else SealedHandle(key) for key in self.failed_keys
-        )
-        object.__setattr__(self, "failed_keys", handles)
+        object.__setattr__(self, "failed_keys", tuple(map(sealed_handle, self.failed_keys)))
 
 
 Settles = Decision | KeyHandle | CreditTicket | SealedHandle | SealedTicket

@@ -77,6 +77,7 @@ async fn main() -> Result<(), BoxError> {
             }
             Some(_) = connections.join_next() => {}
             _ = terminated.recv() => break,
+            _ = tokio::signal::ctrl_c() => break,
         }
     }
     drop((listener, stop));
@@ -161,6 +162,7 @@ impl Gateway {
         for tried in 1.. {
             let response = self.send(&mut call, content_type.as_ref(), body.clone()).await?;
             let status = response.status();
+            call.note(Note { http_status: Some(status.as_u16()), ..Note::default() })?;
             if status.is_success() && is_stream(&response) {
                 return Ok(streamed(call, response));
             }
@@ -275,6 +277,9 @@ impl Stream {
             Err(_) => self.broken(Outcome::Timeout),
         };
         self.ended = !matches!(chunk, Ok(Some(_)));
+        if chunk.is_err() {
+            tokio::task::yield_now().await; // what came before goes out before the connection is cut
+        }
         chunk.transpose()
     }
 

@@ -1,6 +1,7 @@
 //! Where the sidecar is.
 
 use std::env;
+use std::ffi::OsString;
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::PathBuf;
 
@@ -80,20 +81,25 @@ pub(crate) fn default_target() -> Result<String, Error> {
         Err(env::VarError::NotUnicode(_)) => return Err(Error::invalid("KEYTURN_ADDRESS is no text")),
         _ => {}
     }
-    let runtime = env::var_os("XDG_RUNTIME_DIR").filter(|directory| !directory.is_empty());
-    let directory = match runtime {
-        _ if is_root() => PathBuf::from("/run/keyturn"),
-        Some(runtime) => PathBuf::from(runtime).join("keyturn"),
-        None => env::home_dir()
-            .ok_or_else(|| {
-                Error::invalid("target: there is no home directory to find the sidecar's socket in")
-            })?
-            .join(".keyturn/run"),
-    };
-    match directory.join("keyturn.sock").into_os_string().into_string() {
+    let socket = default_socket(is_root(), env::var_os("XDG_RUNTIME_DIR"), env::home_dir)
+        .ok_or_else(|| Error::invalid("target: there is no home directory to find the socket in"))?;
+    match socket.into_os_string().into_string() {
         Ok(path) => Ok(format!("unix:{path}")),
         Err(_) => Err(Error::invalid("target: the path of the default socket is no text")),
     }
+}
+
+fn default_socket(
+    root: bool,
+    runtime: Option<OsString>,
+    home: impl FnOnce() -> Option<PathBuf>,
+) -> Option<PathBuf> {
+    let directory = match runtime.filter(|directory| !directory.is_empty()) {
+        _ if root => PathBuf::from("/run/keyturn"),
+        Some(runtime) => PathBuf::from(runtime).join("keyturn"),
+        None => home()?.join(".keyturn/run"),
+    };
+    Some(directory.join("keyturn.sock"))
 }
 
 #[cfg(unix)]
@@ -146,6 +152,21 @@ mod tests {
         ] {
             assert!(matches!(Target::parse(text), Err(Error::Invalid(_))), "{text}");
         }
+    }
+
+    #[test]
+    fn the_default_socket_is_where_a_sidecar_of_this_user_listens() {
+        let home = || Some(PathBuf::from("/home/u"));
+        for (root, runtime, socket) in [
+            (true, Some("/run/user/0"), "/run/keyturn/keyturn.sock"),
+            (false, Some("/run/user/1"), "/run/user/1/keyturn/keyturn.sock"),
+            (false, Some(""), "/home/u/.keyturn/run/keyturn.sock"),
+            (false, None, "/home/u/.keyturn/run/keyturn.sock"),
+        ] {
+            let runtime = runtime.map(OsString::from);
+            assert_eq!(default_socket(root, runtime, home), Some(socket.into()));
+        }
+        assert_eq!(default_socket(false, None, || None), None);
     }
 
     #[test]

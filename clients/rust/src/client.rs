@@ -197,11 +197,11 @@ impl Client {
     /// Decides in a task of its own, which goes on when this future is dropped.
     async fn decide_undoably(&self, asked: pb::DecideRequest) -> Result<Decision, Error> {
         let (tell, told) = oneshot::channel();
-        let (link, timeout) = (self.inner.link.clone(), self.timeout);
-        let deciding = self.inner.queue.deciding();
+        let (client, deciding) = (self.clone(), self.inner.queue.deciding());
         tokio::spawn(async move {
-            let answer = link.call(asked, timeout, false).await;
-            let unclaimed = |answer| Unclaimed { decision: Some(wire::decision(answer)), deciding };
+            let answer = client.call(asked).await;
+            let unclaimed =
+                |answer| Unclaimed { decision: Some(wire::decision(answer)), _deciding: deciding, client };
             drop(tell.send(answer.map(unclaimed)));
         });
         match told.await {
@@ -264,13 +264,15 @@ impl Drop for Carried<'_> {
 /// A decision on its way to whoever asked. If that one is gone, its hold is released.
 struct Unclaimed {
     decision: Option<Decision>,
-    deciding: Deciding,
+    _deciding: Deciding,
+    /// Keeps the queue open until here.
+    client: Client,
 }
 
 impl Drop for Unclaimed {
     fn drop(&mut self) {
         if let Some(Decision { route: Route::Ticket(ticket), .. }) = &self.decision {
-            self.deciding.queue().push_or_report(RecordRequest::new(ticket, Outcome::NeverSent));
+            self.client.record_or_report(RecordRequest::new(ticket, Outcome::NeverSent));
         }
     }
 }

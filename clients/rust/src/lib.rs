@@ -16,7 +16,7 @@ mod wire;
 mod words;
 
 /// The generated stubs. Their messages print secrets, so none of them leaves this crate.
-#[allow(missing_docs, clippy::pedantic)]
+#[allow(missing_docs, clippy::all)]
 mod pb {
     tonic::include_proto!("keyturn.v1");
 }

@@ -174,12 +174,13 @@ impl Queue {
     /// Wakes the sender, or starts it when there is something to send and a runtime to do it.
     fn start(self: &Arc<Self>) {
         let mut state = self.state();
-        if state.sender == Sender::NotYet && !state.items.is_empty() {
-            if let Some(runtime) = self.link.runtime() {
-                state.sender = Sender::Runs;
-                drop(state); // a runtime that is going down drops the task at once
-                runtime.spawn(Sending(self.clone()).run());
-            }
+        if state.sender == Sender::NotYet
+            && !state.items.is_empty()
+            && let Some(runtime) = self.link.runtime()
+        {
+            state.sender = Sender::Runs;
+            drop(state); // a runtime that is going down drops the task at once
+            runtime.spawn(Sending(self.clone()).run());
         }
         self.wake.notify_one();
     }
@@ -299,12 +300,6 @@ fn may_pass(error: &Error, record: &RecordRequest) -> bool {
 
 /// A decision under way.
 pub(crate) struct Deciding(Arc<Queue>);
-
-impl Deciding {
-    pub(crate) fn queue(&self) -> &Arc<Queue> {
-        &self.0
-    }
-}
 
 impl Drop for Deciding {
     fn drop(&mut self) {

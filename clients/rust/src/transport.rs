@@ -10,6 +10,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::header::CONTENT_TYPE;
 use http::{HeaderMap, Request, Response, StatusCode, Uri};
 use http_body::Frame;
 use hyper_util::rt::TokioIo;
@@ -24,6 +25,7 @@ use crate::error::Error;
 use crate::options::Options;
 
 const USER_AGENT: &str = concat!("keyturn-rust/", env!("CARGO_PKG_VERSION"));
+const GRPC: &[u8] = b"application/grpc";
 const DETAILS: &str = "grpc-status-details-bin";
 
 /// How long a connection may take to be made; what takes longer is begun anew.
@@ -179,9 +181,14 @@ impl Service<Request<Body>> for Transport {
         Box::pin(async move {
             let (mut head, body) = response.await.map_err(|error| lost(&error))?.into_parts();
             drop_garbled_details(&mut head.headers);
-            // Nothing is missing at the end of an answer that is all headers, nor of a proxy's page.
-            let complete = head.headers.contains_key(Status::GRPC_STATUS) || head.status != StatusCode::OK;
-            Ok(Response::from_parts(head, Body::new(Answer { body, complete })))
+            let said = head.headers.contains_key(Status::GRPC_STATUS);
+            let grpc = head.headers.get(CONTENT_TYPE).is_some_and(|it| it.as_bytes().starts_with(GRPC));
+            let page = head.status != StatusCode::OK || !grpc;
+            if page && !said {
+                // A proxy's page: tonic goes by its status when there is nothing to read.
+                return Ok(Response::from_parts(head, Body::empty()));
+            }
+            Ok(Response::from_parts(head, Body::new(Answer { body, complete: said })))
         })
     }
 }

@@ -197,7 +197,7 @@ async function pass(call: Call, { response: from, chunks }: Answer, to: ServerRe
       done ||= data === "[DONE]";
       note(call, data);
     }
-    if (!to.write(chunk)) {
+    if (!to.write(chunk) && !to.destroyed) {
       await new Promise((next) => to.once("drain", next).once("close", next));
     }
   }

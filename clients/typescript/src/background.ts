@@ -58,9 +58,10 @@ export class Background<M> {
     }
   }
 
-  /** Like `add`, for a record that nobody else keeps: what does not fit is reported as unsent. */
+  /** Like `add`, for a record that nobody else keeps: what cannot be taken is reported as unsent. */
   addOrReport(encoded: Encoded<M>): void {
     try {
+      this.#stop.throwIfAborted();
       this.add(encoded);
     } catch (error) {
       this.report({ record: encoded.record, error: error as Error });

@@ -57,7 +57,9 @@ export class Call implements AsyncDisposable {
   readonly #sidecar: Sidecar;
   #request: IdentifiedRequest;
   #decision: Decision;
+  /** Whether anything can be said of it. Between two decisions it is neither open nor ended. */
   #open = true;
+  #ended = false;
   #goneOut = false;
   #outcome: Outcome | undefined;
   #noted: Noted = {};
@@ -182,12 +184,29 @@ export class Call implements AsyncDisposable {
       outcome,
       outcome === Outcome.AUTH_REJECTED ? { httpStatus: 401, ...given(failure) } : failure,
     );
-    await this.#sidecar.record({ settles: key, outcome, ...this.#noted }, options);
+    const refused = { ...this.#noted, settles: key, outcome };
+    // Until a new decision is in force, nothing can be said of the call; but it can be ended.
     this.#open = false;
+    try {
+      await this.#sidecar.record(refused, options);
+    } catch (error) {
+      if (this.#ended) {
+        this.#sidecar.recordOrReport(refused);
+      }
+      // A record that was cancelled is carried on already.
+      this.#open = !this.#ended && error !== options.signal?.reason;
+      throw error;
+    }
     this.#request = { ...this.#request, failedKeys: [...(this.#request.failedKeys ?? []), key] };
     const decision = await this.#sidecar.decide(this.#request, options);
     if (!decision.allowed) {
       throw new Denied(decision);
+    }
+    if (this.#ended) {
+      if (decision.ticket !== undefined) {
+        this.#sidecar.recordOrReport({ settles: decision, outcome: Outcome.NEVER_SENT });
+      }
+      throw new Closed("this call has ended");
     }
     this.#decision = decision;
     this.#goneOut = false;
@@ -221,6 +240,7 @@ export class Call implements AsyncDisposable {
 
   /** Ends the call, unless it has ended, and hands its record to the background. */
   end(): void {
+    this.#ended = true;
     if (!this.#open) {
       return;
     }

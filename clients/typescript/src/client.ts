@@ -5,7 +5,6 @@ import { type DescMessage, type MessageShape, create as message, toBinary } from
 import { Background, type Encoded } from "./background.js";
 import { Call, type CallOptions } from "./call.js";
 import { Connection, type Sendable, sendable } from "./connection.js";
-import "./dispose.js";
 import { Closed, type KeyturnError, Unavailable } from "./errors.js";
 import {
   type RecordRequest as RecordMessage,
@@ -24,7 +23,7 @@ import {
   type Unsent,
 } from "./model.js";
 import { type ClientOptions, Options, timeout } from "./options.js";
-import { Attempts } from "./retries.js";
+import { Attempts, isAnswer, isOutOfReach } from "./retries.js";
 import type { SealedHandle } from "./sealed.js";
 import { Secret } from "./secret.js";
 import { pause, Stopping, unlessAborted } from "./stopping.js";
@@ -79,7 +78,7 @@ export class Client implements AsyncDisposable {
       {
         decide,
         record: (record, its) => this.record(record, its),
-        recordOrReport: (record) => this.#recordOrReport(record),
+        recordOrReport: (record) => this.#background.addOrReport(encoded(record)),
       },
       asked,
       decision,
@@ -264,7 +263,7 @@ export class Client implements AsyncDisposable {
     // A decision that fails is no worse than before: if it placed a hold, that expires.
     const decision = await deciding.catch(() => undefined);
     if (decision?.ticket !== undefined) {
-      this.#recordOrReport({ settles: decision.ticket, outcome: "NEVER_SENT" });
+      this.#background.addOrReport(encoded({ settles: decision.ticket, outcome: "NEVER_SENT" }));
     }
   }
 
@@ -283,15 +282,6 @@ export class Client implements AsyncDisposable {
         }
       }
       throw error;
-    }
-  }
-
-  #recordOrReport(record: RecordRequest): void {
-    const item = encoded(record);
-    if (this.#ended.signal.aborted) {
-      this.#background.report({ record: item.record, error: new Closed("the client is closed") });
-    } else {
-      this.#background.addOrReport(item);
     }
   }
 
@@ -335,7 +325,7 @@ export class Client implements AsyncDisposable {
       const error = this.#heard(wire.errorOfCall(reply.failed));
       const wait = attempts.waitAfter(error);
       if (wait === undefined) {
-        this.#down ||= wire.isOutOfReach(error);
+        this.#down ||= isOutOfReach(error);
         throw error;
       }
       await pause(wait, stopped);
@@ -344,7 +334,7 @@ export class Client implements AsyncDisposable {
   }
 
   #heard(error: KeyturnError): KeyturnError {
-    if (wire.isAnswer(error)) {
+    if (isAnswer(error)) {
       this.#down = false;
     }
     return error;

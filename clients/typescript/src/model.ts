@@ -51,13 +51,18 @@ export class KeyHandle {
   /**
    * The one header that signs a request with this key. It holds the secret: never log it.
    *
-   * Throws `TypeError` when the secret was not delivered with the decision.
+   * Throws `TypeError` when the secret was not delivered with the decision, or cannot be sent.
    */
   headers(): Record<string, string> {
     if (this.secret === undefined) {
       throw new TypeError("the secret is not here: fetch it once with redeem()");
     }
-    return { [this.authHeader]: this.authPrefix + this.secret.reveal() };
+    const value = this.authPrefix + this.secret.reveal();
+    if (!/^[\t -~\u0080-\u00ff]*$/.test(value)) {
+      // `fetch` and `node:http` would refuse it too, and some quote it.
+      throw new TypeError("the secret has a character that no header may hold");
+    }
+    return { [this.authHeader]: value };
   }
 }
 

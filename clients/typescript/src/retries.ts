@@ -1,4 +1,4 @@
-import { DeadlineExceeded, type KeyturnError, Unavailable } from "./errors.js";
+import { DeadlineExceeded, type KeyturnError, type StatusCode, Unavailable } from "./errors.js";
 
 /**
  * Exponential backoff with full jitter, for UNAVAILABLE only, within the call's deadline.
@@ -89,4 +89,17 @@ export class Attempts {
     // Jitter gives way to the deadline; what the sidecar asked for does not.
     return asked > 0 && asked < left ? asked : undefined;
   }
+}
+
+/** What gRPC says by itself when it hears nothing. */
+const OF_THE_TRANSPORT: readonly StatusCode[] = ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"];
+
+/** Whether an error says UNAVAILABLE in the transport's name: the sidecar's own has a reason. */
+export function isOutOfReach(error: KeyturnError): boolean {
+  return error.code === "UNAVAILABLE" && error.reason === "";
+}
+
+/** Whether the sidecar itself gave this status. */
+export function isAnswer(error: KeyturnError): boolean {
+  return error.reason !== "" || !OF_THE_TRANSPORT.includes(error.code);
 }

@@ -4,14 +4,7 @@ import { create, fromBinary, type MessageInitShape } from "@bufbuild/protobuf";
 import type { Any, Duration, DurationSchema, Timestamp } from "@bufbuild/protobuf/wkt";
 import { timestampDate } from "@bufbuild/protobuf/wkt";
 import type { Failed } from "./connection.js";
-import {
-  type Details,
-  errorOf,
-  InternalError,
-  type KeyturnError,
-  type StatusCode,
-  statusCode,
-} from "./errors.js";
+import { type Details, errorOf, InternalError, type KeyturnError, statusCode } from "./errors.js";
 import * as details from "./gen/keyturn/details/details_pb.js";
 import * as policy from "./gen/keyturn/v1/policy_pb.js";
 import * as pb from "./gen/keyturn/v1/routing_service_pb.js";
@@ -229,17 +222,6 @@ function readDetail({ typeUrl, value }: Any): Details {
     default:
       return {};
   }
-}
-
-/** Whether an error says UNAVAILABLE in the transport's name: the sidecar's own has a reason. */
-export function isOutOfReach(error: KeyturnError): boolean {
-  return error.code === "UNAVAILABLE" && error.reason === "";
-}
-
-/** Whether the sidecar itself gave this status. */
-export function isAnswer(error: KeyturnError): boolean {
-  const silent: readonly StatusCode[] = ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"];
-  return error.reason !== "" || !silent.includes(error.code);
 }
 
 function keyHandle(key: pb.KeyHandle): KeyHandle {

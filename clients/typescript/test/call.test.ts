@@ -228,6 +228,32 @@ test("a refusal that could not be recorded is what the call's end records", asyn
   );
 });
 
+test("a call that is ended while it decides again leaves no hold behind", async (test) => {
+  let decide: () => void = () => undefined;
+  const there = await sidecar(test, {
+    decide: ({ failedKeyHandles: failed }) =>
+      failed.length === 0
+        ? key()
+        : new Promise((resolve) => {
+            decide = () => resolve(ticket());
+          }),
+  });
+  const asking = client(test, there);
+  const call = await asking.request(ASKED);
+  const refusing = call.keyRefused();
+  await eventually(() => there.seen("decide").length === 2);
+  assert.throws(() => call.headers(PLATFORM), { name: "Closed" });
+  call.end();
+  decide();
+
+  await assert.rejects(refusing, { name: "Closed" });
+  await asking.flush();
+  assert.deepEqual(
+    there.records().map(({ outcome }) => Number_[outcome]),
+    ["AUTH_REJECTED", "NEVER_SENT"],
+  );
+});
+
 test("a record that finish could not get through is kept for later", async (test) => {
   const there = await sidecar(test, {
     record: () => {

@@ -120,6 +120,20 @@ test("a call over loopback goes by no proxy", async (test) => {
   assert.ok((await client(test, there).decide(ASKED)).allowed);
 });
 
+test("messages are read by generated code, and nothing that reads .proto files is loaded", async () => {
+  const program = `
+    import { Client } from "@keyturn/client";
+    import { Module } from "node:module";
+    const client = new Client({ target: "unix:/nowhere.sock" });
+    await client.decide({ userId: "u1", provider: "openai" }).catch(() => undefined);
+    await client.close();
+    const loaded = Object.keys(Module._cache);
+    console.log(loaded.some((path) => path.includes("grpc-js")), loaded.filter((path) => /proto-loader|protobufjs/.test(path)).length);
+  `;
+  const { stdout } = await promisify(execFile)(process.execPath, ["--input-type=module", "--eval", program]);
+  assert.equal(stdout, "true 0\n");
+});
+
 test("the version is that of the package and of the server", () => {
   const read = (path: string) => readFileSync(new URL(path, import.meta.url), "utf8");
   assert.equal(JSON.parse(read("../../package.json")).version, VERSION);

@@ -133,7 +133,8 @@ test("a deadline covers everything, and is not tried again", async (test) => {
   const late = client(test, there, { timeoutMs: 30 }).decide(ASKED);
 
   await assert.rejects(late, { name: "DeadlineExceeded", code: "DEADLINE_EXCEEDED" });
-  assert.equal(there.seen("decide").length, 1);
+  // None where the machine was too slow to send even one in time.
+  assert.ok(there.seen("decide").length <= 1);
 });
 
 test("the deadline of a call wins over that of the client", async (test) => {

@@ -99,6 +99,18 @@ test("decisions, calls and records print no secret, handle or ticket", async (te
   assert.match(inspect(await asking.decide(ASKED)), /Secret\(\*\*\*\)/);
 });
 
+test("a secret that no header may hold is refused before fetch can quote it", async (test) => {
+  const there = await sidecar(test, { decide: () => key(HANDLE, `${SECRET}\n1`) });
+  const { key: own } = await client(test, there).decide(ASKED);
+  assert.throws(
+    () => own?.headers(),
+    (error) => {
+      assertPrintsNothing(error);
+      return error instanceof TypeError;
+    },
+  );
+});
+
 test("clients and their options print no token and no private key", () => {
   const given = {
     target: "sidecar.example.com:50051",

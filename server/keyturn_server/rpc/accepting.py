@@ -3,7 +3,7 @@
 The loop of `grpc.aio` (1.85) decodes the path of each call, and shuts the whole server down where that
 fails: one call with a path that is not UTF-8, by whoever gets as far as a connection, and nothing listens any
 more. So calls are taken here: those of a method that we have by its name, which gRPC's core compares byte by
-byte, and all others without a look at theirs. The rest is gRPC's own. docs/decisions/0013-accepting.md
+byte, and all others without a look at theirs. The rest is gRPC's own. docs/decisions/0014-accepting.md
 """
 
 from __future__ import annotations

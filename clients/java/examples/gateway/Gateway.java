@@ -32,6 +32,7 @@ import java.util.List;
 import java.util.Locale;
 import java.util.Map;
 import java.util.concurrent.BlockingQueue;
+import java.util.concurrent.CancellationException;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.CompletionStage;
 import java.util.concurrent.ExecutionException;
@@ -43,7 +44,8 @@ import java.util.concurrent.TimeUnit;
 import java.util.concurrent.TimeoutException;
 
 /**
- * A gateway to OpenAI's chat completions, to begin from: the user's own key pays, or the platform's.
+ * A gateway to OpenAI's chat completions, to begin from: the user's own key pays, or the
+ * platform's.
  *
  * <p>Configured by the environment: {@code KEYTURN_ADDRESS}, {@code LISTEN} (127.0.0.1:0), {@code
  * OPENAI_API_KEY}, {@code OPENAI_BASE_URL}.
@@ -100,29 +102,28 @@ public final class Gateway {
     Runtime.getRuntime().halt(0);
   }
 
+  /** One request. An {@code IOException} makes the server cut the caller's connection. */
   private void chatCompletions(HttpExchange exchange) throws IOException {
-    try (exchange) {
-      try {
-        String user = bearerToken(exchange);
-        if (user == null) {
-          fail(exchange, 401, "Send your user id as the bearer token.", "unauthenticated");
-        } else if (!exchange.getRequestMethod().equals("POST")) {
-          fail(exchange, 405, "Use POST.", "method_not_allowed");
-        } else {
-          serve(exchange, user);
-        }
-      } catch (DeniedException denied) {
-        deny(exchange, denied);
-      } catch (UnavailableException down) {
-        exchange.getResponseHeaders().set("retry-after", "1");
-        fail(exchange, 503, "The sidecar is out of reach.", "sidecar_unavailable");
-      } catch (NotFoundException unknown) {
-        fail(exchange, 401, "There is no such user.", "unknown_user");
-      } catch (KeyturnException fault) {
-        fail(exchange, 500, fault.message(), fault.reason().toLowerCase(Locale.ROOT));
+    try {
+      String user = bearerToken(exchange);
+      if (user == null) {
+        fail(exchange, 401, "Send your user id as the bearer token.", "unauthenticated");
+      } else if (!exchange.getRequestMethod().equals("POST")) {
+        fail(exchange, 405, "Use POST.", "method_not_allowed");
+      } else {
+        serve(exchange, user);
       }
-    } catch (CallerGoneException | InterruptedException ended) {
-      // Recorded where it was noticed; nobody is left to tell.
+    } catch (DeniedException denied) {
+      deny(exchange, denied);
+    } catch (UnavailableException down) {
+      exchange.getResponseHeaders().set("retry-after", "1");
+      fail(exchange, 503, "The sidecar is out of reach.", "sidecar_unavailable");
+    } catch (NotFoundException unknown) {
+      fail(exchange, 401, "There is no such user.", "unknown_user");
+    } catch (KeyturnException fault) {
+      fail(exchange, 500, fault.message(), fault.reason().toLowerCase(Locale.ROOT));
+    } catch (InterruptedException | CancellationException ending) {
+      throw new BrokenOffException();
     }
   }
 
@@ -159,7 +160,9 @@ public final class Gateway {
     return request.build();
   }
 
-  /** Sends the body with the credential that pays, and again with the next when a key is refused. */
+  /**
+   * Sends the body with the credential that pays, and again with the next when a key is refused.
+   */
   private void proxy(HttpExchange exchange, Call call, byte[] body)
       throws IOException, InterruptedException {
     for (int keys = 1; ; keys++) {
@@ -257,49 +260,48 @@ public final class Gateway {
         : failure;
   }
 
-  /** Passes a stream on as it arrives. What ends it early is told by what was said to the call. */
+  /** Passes a stream on as it arrives. One that breaks off does so for the caller too. */
   private static void stream(HttpExchange exchange, Call call, Answer answer)
       throws IOException, InterruptedException {
     Events events = new Events(call);
-    Chunks chunks = answer.chunks();
     try {
       exchange.getResponseHeaders().set("content-type", answer.contentType());
-      try (Caller caller = new Caller(exchange, answer.status())) {
-        Duration silent = Duration.ZERO;
-        while (true) {
-          byte[] chunk;
-          try {
-            chunk = chunks.next(HEARTBEAT);
-          } catch (TimeoutException quiet) {
-            silent = silent.plus(HEARTBEAT);
-            if (silent.compareTo(PATIENCE) >= 0) {
-              call.failed(Outcome.TIMEOUT);
-              return;
-            }
-            if (events.atBoundary()) {
-              // A comment, which readers of events pass over: a caller who hung up is noticed.
-              caller.write(bytes(":\n\n"));
-            }
+      exchange.sendResponseHeaders(answer.status(), 0);
+      OutputStream caller = exchange.getResponseBody();
+      Duration silence = Duration.ZERO;
+      for (boolean over = false; !over; ) {
+        byte[] chunk = bytes(":\n\n"); // a comment, which readers of events pass over
+        try {
+          byte[] next = answer.chunks().next(HEARTBEAT);
+          silence = Duration.ZERO;
+          over = next == null;
+          chunk = over ? new byte[0] : next;
+          events.read(chunk);
+        } catch (TimeoutException silent) {
+          silence = silence.plus(HEARTBEAT);
+          if (silence.compareTo(PATIENCE) >= 0) {
+            call.failed(Outcome.TIMEOUT);
+            throw new BrokenOffException();
+          }
+          if (!events.atBoundary()) {
             continue;
           }
-          if (chunk == null) {
-            break;
+        } catch (BrokenOffException broken) {
+          if (!events.done()) {
+            call.failed(Outcome.PROVIDER_ERROR);
           }
-          silent = Duration.ZERO;
-          events.read(chunk);
-          caller.write(chunk);
+          throw broken;
         }
-        caller.finish();
+        // In silence too: a caller who hung up is noticed by nothing else. The call ends cancelled.
+        caller.write(chunk);
+        caller.flush();
       }
       if (!events.done()) {
         call.failed(Outcome.PROVIDER_ERROR);
       }
-    } catch (BrokenOffException broken) {
-      if (!events.done()) {
-        call.failed(Outcome.PROVIDER_ERROR);
-      }
+      caller.close();
     } finally {
-      chunks.cancel();
+      answer.chunks().cancel();
     }
   }
 
@@ -364,48 +366,6 @@ public final class Gateway {
     }
   }
 
-  /** The caller of a stream. One whose stream was not finished sees it break off. */
-  private static final class Caller implements AutoCloseable {
-    private final HttpExchange exchange;
-    private final OutputStream out;
-
-    Caller(HttpExchange exchange, int status) throws CallerGoneException {
-      this.exchange = exchange;
-      try {
-        exchange.sendResponseHeaders(status, 0);
-      } catch (IOException gone) {
-        throw new CallerGoneException();
-      }
-      this.out = exchange.getResponseBody();
-    }
-
-    void write(byte[] chunk) throws CallerGoneException {
-      try {
-        out.write(chunk);
-        out.flush();
-      } catch (IOException gone) {
-        throw new CallerGoneException();
-      }
-    }
-
-    void finish() throws CallerGoneException {
-      try {
-        out.close();
-      } catch (IOException gone) {
-        throw new CallerGoneException();
-      }
-    }
-
-    @Override
-    public void close() {
-      exchange.close();
-    }
-  }
-
-  private static final class CallerGoneException extends IOException {
-    private static final long serialVersionUID = 1L;
-  }
-
   // ------------------------------------------------------------------- what the provider says
 
   private record Answer(HttpResponse<Chunks> response, long deadline) {
@@ -430,6 +390,7 @@ public final class Gateway {
     }
   }
 
+  /** The stream has to break off. */
   private static final class BrokenOffException extends IOException {
     private static final long serialVersionUID = 1L;
   }

@@ -212,9 +212,7 @@ public final class Driver {
       options.retries(
           new Retries(
               has(retries, "attempts") ? retries.get("attempts").getAsInt() : usual.attempts(),
-              has(retries, "first_delay_ms")
-                  ? span(retries, "first_delay_ms")
-                  : usual.firstDelay(),
+              has(retries, "first_delay_ms") ? span(retries, "first_delay_ms") : usual.firstDelay(),
               has(retries, "max_delay_ms") ? span(retries, "max_delay_ms") : usual.maxDelay()));
     }
     if (has(given, "queue_size")) {
@@ -417,7 +415,9 @@ public final class Driver {
   private static Failure failure(JsonObject given, Outcome usual, Integer usualStatus) {
     return new Failure(
         has(given, "outcome") ? Outcome.valueOf(text(given, "outcome")) : usual,
-        has(given, "http_status") ? Integer.valueOf(given.get("http_status").getAsInt()) : usualStatus,
+        has(given, "http_status")
+            ? Integer.valueOf(given.get("http_status").getAsInt())
+            : usualStatus,
         text(given, "error_message"),
         has(given, "retry_after_ms") ? span(given, "retry_after_ms") : null);
   }

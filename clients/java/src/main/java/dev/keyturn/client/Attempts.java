@@ -7,7 +7,9 @@ import java.util.concurrent.ThreadLocalRandom;
 import java.util.function.LongSupplier;
 import java.util.function.LongUnaryOperator;
 
-/** The attempts of one call: how long each may take, and whether there is another. In nanoseconds. */
+/**
+ * The attempts of one call: how long each may take, and whether there is another. In nanoseconds.
+ */
 final class Attempts {
   private static final long FOREVER = Long.MAX_VALUE / 4;
 

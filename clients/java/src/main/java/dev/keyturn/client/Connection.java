@@ -10,8 +10,10 @@ import io.grpc.Metadata;
 import io.grpc.MethodDescriptor;
 import io.grpc.TlsChannelCredentials;
 import io.grpc.netty.shaded.io.grpc.netty.NettyChannelBuilder;
+import io.grpc.netty.shaded.io.netty.channel.ChannelOption;
 import io.grpc.netty.shaded.io.netty.channel.EventLoopGroup;
-import io.grpc.netty.shaded.io.netty.channel.nio.NioEventLoopGroup;
+import io.grpc.netty.shaded.io.netty.channel.MultiThreadIoEventLoopGroup;
+import io.grpc.netty.shaded.io.netty.channel.nio.NioIoHandler;
 import io.grpc.netty.shaded.io.netty.channel.socket.nio.NioDomainSocketChannel;
 import io.grpc.netty.shaded.io.netty.channel.socket.nio.NioSocketChannel;
 import io.grpc.netty.shaded.io.netty.util.concurrent.DefaultThreadFactory;
@@ -74,7 +76,9 @@ final class Connection {
     }
     authorization = authorization(options.token());
     ChannelCredentials credentials = credentials(options);
-    group = new NioEventLoopGroup(1, new DefaultThreadFactory("keyturn", true));
+    group =
+        new MultiThreadIoEventLoopGroup(
+            1, new DefaultThreadFactory("keyturn", true), NioIoHandler.newFactory());
     try {
       channel = channel(credentials);
     } catch (IllegalArgumentException unreadable) {
@@ -193,6 +197,7 @@ final class Connection {
       builder =
           NettyChannelBuilder.forAddress(UnixDomainSocketAddress.of(target.socket()), credentials)
               .channelType(NioDomainSocketChannel.class, UnixDomainSocketAddress.class)
+              .withOption(ChannelOption.SO_KEEPALIVE, null) // unknown there, and warned about
               .overrideAuthority("localhost");
     } else {
       builder =
@@ -245,8 +250,7 @@ final class Connection {
     }
     String text = token.reveal().strip();
     if (!TOKEN.matcher(text).matches()) {
-      throw new IllegalArgumentException(
-          "token is printable ASCII without spaces, and not empty");
+      throw new IllegalArgumentException("token is printable ASCII without spaces, and not empty");
     }
     return Secret.of("Bearer " + text);
   }

@@ -138,8 +138,8 @@ public final class DecideRequest {
     }
 
     /**
-     * The gateway's own id of the request: the same id by the same user never places a second
-     * hold. Not given, null or empty: each call makes a new one.
+     * The gateway's own id of the request: the same id by the same user never places a second hold.
+     * Not given, null or empty: each call makes a new one.
      */
     public Builder requestId(String value) {
       requestId = value == null || value.isEmpty() ? null : value;

@@ -9,7 +9,9 @@ import java.util.OptionalLong;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.TimeUnit;
 
-/** One call with all its attempts. Completes on the channel's thread; cancelling it ends the call. */
+/**
+ * One call with all its attempts. Completes on the channel's thread; cancelling it ends the call.
+ */
 final class Exchange<Q, R> extends CompletableFuture<R> {
   private final Connection connection;
   private final MethodDescriptor<Q, R> method;

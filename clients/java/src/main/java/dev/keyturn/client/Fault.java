@@ -8,6 +8,7 @@ import com.google.rpc.ResourceInfo;
 import com.google.rpc.RetryInfo;
 import io.grpc.Metadata;
 import io.grpc.Status;
+import java.io.IOException;
 import java.io.Serializable;
 import java.net.ConnectException;
 import java.time.DateTimeException;
@@ -36,7 +37,7 @@ record Fault(
 
   /** The fault of a call that ended with {@code status}. */
   static Fault of(Status status, Metadata trailers) {
-    Fault fault = of(status.getCode(), describe(status));
+    Fault fault = of(code(status), describe(status));
     // Details are an extra: garbled ones must never mask the status itself.
     try {
       byte[] packed = trailers.get(DETAILS);
@@ -88,6 +89,16 @@ record Fault(
       case INTERNAL, UNKNOWN, DATA_LOSS -> new InternalErrorException(this);
       default -> new KeyturnException(this);
     };
+  }
+
+  // A status from afar has no cause. One that a broken connection caused is UNAVAILABLE, also where
+  // the library says UNKNOWN ("channel closed").
+  private static Status.Code code(Status status) {
+    boolean broken =
+        status.getCode() == Status.Code.UNKNOWN || status.getCode() == Status.Code.INTERNAL;
+    return broken && status.getCause() instanceof IOException
+        ? Status.Code.UNAVAILABLE
+        : status.getCode();
   }
 
   // Of what is behind a status only what says why there is no connection: no exception of the

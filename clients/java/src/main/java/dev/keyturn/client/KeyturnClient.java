@@ -18,10 +18,10 @@ import java.util.function.Function;
  * A connection to the sidecar, to be made once, kept and shared: it is safe to use from many
  * threads. Nothing connects before the first call. Its threads are daemons.
  *
- * <p>Every call throws a {@link KeyturnException}, and {@code IllegalStateException} once the client
- * is closed. The thread that waits for one may be interrupted: that cancels the call, which throws
- * {@link java.util.concurrent.CancellationException} with the thread's interrupt flag set. The
- * methods {@code …Async} complete their future with the same errors; cancelling the future they
+ * <p>Every call throws a {@link KeyturnException}, and {@code IllegalStateException} once the
+ * client is closed. The thread that waits for one may be interrupted: that cancels the call, which
+ * throws {@link java.util.concurrent.CancellationException} with the thread's interrupt flag set.
+ * The methods {@code …Async} complete their future with the same errors; cancelling the future they
  * gave (not one that depends on it) cancels the call. A future's dependents run in its default
  * executor.
  *
@@ -36,8 +36,7 @@ public final class KeyturnClient implements AutoCloseable {
   private final transient Sender sender;
   private final transient Duration timeout;
 
-  private KeyturnClient(
-      Options options, Connection connection, Sender sender, Duration timeout) {
+  private KeyturnClient(Options options, Connection connection, Sender sender, Duration timeout) {
     this.options = options;
     this.connection = connection;
     this.sender = sender;
@@ -177,9 +176,9 @@ public final class KeyturnClient implements AutoCloseable {
   }
 
   /**
-   * Closes the client: takes no more, goes on sending what is in the queue for as long as the option
-   * {@code closeTimeout} says (not at all when this thread is interrupted), and then ends calls that
-   * still run in other threads.
+   * Closes the client: takes no more, goes on sending what is in the queue for as long as the
+   * option {@code closeTimeout} says (not at all when this thread is interrupted), and then ends
+   * calls that still run in other threads.
    *
    * @return the records that were left in the queue; {@code onUnsent} was called with each
    */
@@ -219,8 +218,7 @@ public final class KeyturnClient implements AutoCloseable {
 
   Decision decide(Asked asked) {
     try {
-      return Answer.await(
-          answer(ask(asked), reading(Wire::decision), abandon(asked), false));
+      return Answer.await(answer(ask(asked), reading(Wire::decision), abandon(asked), false));
     } catch (UnavailableException error) {
       return whenDown(asked, error);
     }

@@ -170,7 +170,10 @@ public final class Options {
       return this;
     }
 
-    /** What is called with every record that did not get through; by default it is logged. */
+    /**
+     * What is called with every record that did not get through; by default it is logged. It must
+     * not wait for the client: neither flush nor close it.
+     */
     public Builder onUnsent(Consumer<Unsent> value) {
       onUnsent = value;
       return this;

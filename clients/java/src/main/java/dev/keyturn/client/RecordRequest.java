@@ -152,7 +152,9 @@ public final class RecordRequest {
       return this;
     }
 
-    /** The provider's error text; 500 characters of it are sent, and the sidecar strikes out keys. */
+    /**
+     * The provider's error text; 500 characters of it are sent, and the sidecar strikes out keys.
+     */
     public Builder errorMessage(String value) {
       errorMessage = value;
       return this;

@@ -1,8 +1,8 @@
 package dev.keyturn.client;
 
 /**
- * The text of a key handle, opaque and sealed by the sidecar. It prints cut; {@link #text()} is what to
- * send and to store.
+ * The text of a key handle, opaque and sealed by the sidecar. It prints cut; {@link #text()} is
+ * what to send and to store.
  */
 public final class SealedHandle implements Settles {
   // `transient`: serializers that read fields by reflection pass over it.

@@ -1,8 +1,8 @@
 package dev.keyturn.client;
 
 /**
- * The text of a credit ticket, opaque and sealed by the sidecar. It prints cut; {@link #text()} is what to
- * send and to store.
+ * The text of a credit ticket, opaque and sealed by the sidecar. It prints cut; {@link #text()} is
+ * what to send and to store.
  */
 public final class SealedTicket implements Settles {
   // `transient`: serializers that read fields by reflection pass over it.

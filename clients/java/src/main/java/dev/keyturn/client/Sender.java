@@ -24,6 +24,7 @@ import java.util.function.Consumer;
 /** Records in the background: a queue, and the one thread that works on it. */
 final class Sender {
   private static final int BATCH = 100;
+
   /** What the sidecar takes in one batch, less what stands around the records. */
   private static final int BATCH_BYTES = 1_000_000;
 
@@ -207,7 +208,8 @@ final class Sender {
    * @return null when all are sent or unsent; else how long the sidecar asks to wait
    */
   private Duration send(List<Queued> batch) {
-    BatchRecordRequest request = Wire.recordRequests(batch.stream().map(each -> each.message).toList());
+    BatchRecordRequest request =
+        Wire.recordRequests(batch.stream().map(each -> each.message).toList());
     List<Result<Recorded>> results;
     try {
       BatchRecordResponse response =
@@ -221,6 +223,10 @@ final class Sender {
       return Duration.ZERO; // the pause that follows finds the interrupt
     } catch (IllegalStateException closed) {
       return null; // giveUp() has them
+    } catch (RuntimeException defect) {
+      // By its class alone, as ever. A thread that died of it would leave all the others.
+      Fault fault = Fault.of(Status.Code.INTERNAL, "A defect: " + defect.getClass().getName());
+      results = batch.stream().map(each -> Result.<Recorded>failed(fault.exception())).toList();
     }
     Duration wait = null;
     Set<Queued> done = new HashSet<>();
@@ -243,8 +249,7 @@ final class Sender {
   }
 
   private static boolean isWorthTrying(KeyturnException error) {
-    return error instanceof UnavailableException
-        || error.code() == Status.Code.RESOURCE_EXHAUSTED;
+    return error instanceof UnavailableException || error.code() == Status.Code.RESOURCE_EXHAUSTED;
   }
 
   /** Whether to report it here: {@link #giveUp} has not. */
@@ -285,7 +290,7 @@ final class Sender {
   private void report(Unsent unsent) {
     try {
       onUnsent.accept(unsent);
-    } catch (RuntimeException defect) {
+    } catch (RuntimeException | Error defect) {
       // By its class alone: its text may have the record's own.
       LOG.log(Level.WARNING, "onUnsent threw {0}", defect.getClass().getName());
     }

@@ -4,8 +4,8 @@ package dev.keyturn.client;
 @FunctionalInterface
 public interface WhenDown {
   /**
-   * Whether {@code request} may go ahead all the same, on the platform's own credential and
-   * without a record. What this throws is thrown to the caller.
+   * Whether {@code request} may go ahead all the same, on the platform's own credential and without
+   * a record. What this throws is thrown to the caller.
    */
   boolean mayProceed(DecideRequest request, UnavailableException error);
 }

@@ -39,9 +39,7 @@ final class Wire {
                   case CREDITS_ONLY -> dev.keyturn.v1.Constraint.CONSTRAINT_CREDITS_ONLY;
                 })
             .setKeyDelivery(
-                asked.redeem()
-                    ? KeyDelivery.KEY_DELIVERY_REDEEM
-                    : KeyDelivery.KEY_DELIVERY_INLINE);
+                asked.redeem() ? KeyDelivery.KEY_DELIVERY_REDEEM : KeyDelivery.KEY_DELIVERY_INLINE);
     asked.failedKeys().forEach(handle -> request.addFailedKeyHandles(handle.text()));
     if (asked.costMicros() != null) {
       request.setCostMicros(asked.costMicros());
