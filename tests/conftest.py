@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import pytest
 import pytest_asyncio
 
 from keyturn_server import app
@@ -30,6 +31,13 @@ def pytest_configure() -> None:
     for name in [name for name in os.environ if name.startswith(("KEYTURN_", "ENCRYPTION_KEY"))]:
         del os.environ[name]
     app.Metrics = WatchedMetrics  # type: ignore[misc]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The fault suite's: tests/faults/."""
+    group = parser.getgroup("faults", "the fault suite")
+    group.addoption("--faults-long", action="store_true", help="its long form, which takes an hour or so")
+    group.addoption("--faults-seed", type=int, default=1, help="what its random parts are drawn from")
 
 
 def database_in(cluster: EmbeddedPostgres, name: str) -> str:

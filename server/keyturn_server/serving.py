@@ -24,6 +24,7 @@ from keyturn_server.access_file import Callers
 from keyturn_server.errors import KeyturnFault
 from keyturn_server.metrics import Metrics
 from keyturn_server.private_files import locked, make_private
+from keyturn_server.rpc.accepting import AcceptingServer
 from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Context, Guard, Service
 from keyturn_server.tls import TlsFiles
 from keyturn_server.watched import Watched
@@ -209,7 +210,7 @@ async def serving(
     The addresses come back as they are listened on: a port of 0 as the port it became. Raises
     `AddressError`.
     """
-    server = grpc.aio.server(options=(*_OPTIONS, *limits.options))
+    server = AcceptingServer((*_OPTIONS, *limits.options))
     names = tuple(service.name for service in services.services)
     foreign = _Foreign()
     health_pb2_grpc.add_HealthServicer_to_server(services.health, foreign)
@@ -218,13 +219,11 @@ async def serving(
         reflected = (*names, *foreign.services, reflection.SERVICE_NAME)
         foreign.services |= _reflection(reflected, services.health.draining)
     guard = services.guard
-    server.add_generic_rpc_handlers(
-        [
-            *(guard.handler(service) for service in services.services),
-            *(guard.foreign(name, handlers) for name, handlers in foreign.services.items()),
-            guard.rest(),
-        ]
-    )
+    for service in services.services:
+        server.add_registered_method_handlers(service.name, guard.handlers(service))
+    for name, handlers in foreign.services.items():
+        server.add_registered_method_handlers(name, guard.foreign(handlers))
+    server.add_generic_rpc_handlers([guard.rest()])
     with contextlib.ExitStack() as stack:
         bound = tuple([_bind(server, address, tls) for address in addresses])
         if metrics_address is not None:
@@ -300,12 +299,15 @@ def _reflection(
 
     async def converse(requests: AsyncIterator[Any], context: Context) -> None:
         """Until the client has no more questions, or we are draining."""
-        async with asyncio.TaskGroup() as tasks:
-            answering = tasks.create_task(answer(requests, context))
-            ending = tasks.create_task(draining.wait())
-            await asyncio.wait((answering, ending), return_when=asyncio.FIRST_COMPLETED)
-            answering.cancel()
-            ending.cancel()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                answering = tasks.create_task(answer(requests, context))
+                ending = tasks.create_task(draining.wait())
+                await asyncio.wait((answering, ending), return_when=asyncio.FIRST_COMPLETED)
+                answering.cancel()
+                ending.cancel()
+        except ExceptionGroup as group:  # of one: only the answering can fail
+            raise group.exceptions[0] from None
 
     handler = grpc.stream_stream_rpc_method_handler(
         converse,
