@@ -30,7 +30,7 @@ def pytest_configure() -> None:
     """Tests read nothing from the environment of whoever runs them, and see what sidecars count."""
     for name in [name for name in os.environ if name.startswith(("KEYTURN_", "ENCRYPTION_KEY"))]:
         del os.environ[name]
-    app.Metrics = WatchedMetrics  # type: ignore[misc]
+    app.Metrics = WatchedMetrics  # type: ignore[attr-defined]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -27,7 +27,7 @@ class Http2:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self._h2 = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
+        self._h2 = H2Connection(H2Configuration(client_side=True))
         self.ended: dict[int, int | None] = {}
         """Streams that are over, and their gRPC status; None where the stream was reset."""
         self.told_to_go = False
@@ -97,7 +97,7 @@ class Http2:
                             self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                         case ResponseReceived() | TrailersReceived():
                             for name, value in event.headers:
-                                if name == "grpc-status":
+                                if name == b"grpc-status":
                                     self.ended[event.stream_id] = int(value)
                         case StreamEnded() | StreamReset():
                             self.ended.setdefault(event.stream_id, None)
