@@ -269,14 +269,9 @@ async def test_what_is_late_in_the_last_moment_is_done_only_where_money_has_been
         on_shed=lambda method: None,
         max_concurrent_calls=1,
     )
-    handler: Any = guard.handler(Service())
-
-    class Details:
-        method = "/S/M"
-        invocation_metadata = ()
-
+    handlers: Any = guard.handlers(Service())
     call = _Call(remaining)
-    handle = handler.service(Details()).stream_unary
+    handle = handlers["M"].stream_unary
     if done:
         assert await handle(None, call) == b""
     else:
