@@ -46,7 +46,7 @@ def remember_fields(message: Message) -> None:
         if field.name in _SECRET_FIELDS and field.type == field.TYPE_STRING:
             for each in values:
                 remember(f"{message.DESCRIPTOR.name}.{field.name}", each)
-        elif field.type == field.TYPE_MESSAGE and not field.message_type.GetOptions().map_entry:
+        elif field.message_type is not None and not field.message_type.GetOptions().map_entry:
             for each in values:
                 remember_fields(each)
 
