@@ -162,6 +162,8 @@ def make_settings(dsn: str, address: str, **changes: Any) -> Settings:
         "listen": (address,),
         "encryption_key": MASTER_KEY,
         "encryption_keys_retired": None,
+        # On a busy machine a database may be slow, and is not away.
+        "silence_timeout": 30,
         **changes,
     }
     return Settings(**values)

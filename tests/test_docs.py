@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -329,6 +329,7 @@ FAULTS: list[Exception] = [
     errors.LockoutNotAcknowledged(17),
     errors.StoreUnavailable(),
     errors.RowLocked(),
+    errors.SpoolUnavailable(errors.SpoolCause.FULL),
     errors.Overloaded(),
 ]
 
@@ -429,7 +430,8 @@ async def test_the_first_steps_lead_where_the_page_says() -> None:
     assert log.count('"event": "serving"') == 2
 
 
-async def test_the_health_names_are_those_that_the_sidecar_knows(sidecar: Sidecar) -> None:
+async def test_the_health_names_are_those_that_the_sidecar_knows(spooling: Callable[..., Any]) -> None:
+    sidecar = await spooling()
     stub = health_pb2_grpc.HealthStub(sidecar.channel)
     known = (await stub.List(health_pb2.HealthListRequest(), timeout=30)).statuses
     shown = {row[0] for row in rows(section(OPERATING, "Health"))}

@@ -96,6 +96,15 @@ class Settings(BaseSettings):
     database_connections: int = Field(default=8, ge=2)
     connect_timeout: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
     statement_timeout: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
+    silence_timeout: timedelta = Field(default=timedelta(seconds=2), ge=timedelta(milliseconds=100))
+    """How long the database may say nothing before it counts as away."""
+    degraded_for: timedelta = Field(default=timedelta(minutes=5), ge=timedelta(0))
+    """How long own keys are decided on from what was last known while the database is away."""
+    spool: Path | None = None
+    """A directory for records while the database is away. Unset: below `embedded`, if that is set."""
+    spool_max_records: int = Field(default=500_000, gt=0)
+    spool_max_bytes: int = Field(default=256 * 1024 * 1024, ge=1024 * 1024)
+    """How large the spool's file may become."""
     drain_timeout: timedelta = Field(default=timedelta(seconds=15), gt=timedelta(0))
     """How long calls in flight may take after SIGTERM."""
 
@@ -133,6 +142,7 @@ class Settings(BaseSettings):
         "encryption_keys_retired",
         "database_url",
         "embedded",
+        "spool",
         "access_file",
         "tls_cert",
         "tls_key",
@@ -151,6 +161,13 @@ class Settings(BaseSettings):
         if value is None or _is_http_proxy(value.get_secret_value()):
             return value
         raise ValueError("it is not like http://user:password@host:port")
+
+    @property
+    def spool_directory(self) -> Path | None:
+        """Where records go while the database is away; None: nowhere."""
+        if self.spool is None and self.embedded is not None:
+            return self.embedded / "spool"
+        return self.spool
 
     @property
     def retired_keys(self) -> tuple[str, ...]:

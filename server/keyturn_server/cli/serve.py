@@ -19,6 +19,7 @@ def serve(
     *,
     listen: Annotated[list[str] | None, Parameter(negative="")] = None,
     embedded: Path | None = None,
+    spool: Path | None = None,
     reflection: Annotated[bool | None, Parameter(negative="")] = None,
     insecure_loopback: Annotated[bool | None, Parameter(negative="")] = None,
     socket_roles: str | None = None,
@@ -40,6 +41,10 @@ def serve(
         user in $XDG_RUNTIME_DIR/keyturn or ~/.keyturn/run. [KEYTURN_LISTEN, comma-separated]
     embedded
         Run a PostgreSQL of its own with its data in this directory. [KEYTURN_EMBEDDED]
+    spool
+        A directory on a local disk that lasts, for records while the database is away; each sidecar
+        has one of its own. Default: in the directory of --embedded; without that, none.
+        [KEYTURN_SPOOL]
     reflection
         Serve reflection and channelz, for grpcurl and buf curl. [KEYTURN_REFLECTION]
     insecure_loopback
@@ -65,6 +70,7 @@ def serve(
     settings = read_settings(
         listen=tuple(listen) if listen else None,
         embedded=embedded,
+        spool=spool,
         reflection=reflection,
         insecure_loopback=insecure_loopback,
         socket_roles=socket_roles,

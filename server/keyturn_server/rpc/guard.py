@@ -125,10 +125,9 @@ class Guard:
         self.carried = 0
         """What is being carried out of the data plane, in calls: a batch counts as several."""
 
-    def handler(self, service: Service) -> grpc.GenericRpcHandler:
-        """The handler of all methods of a service."""
-        methods = {name: self._unary(name, method) for name, method in service.methods().items()}
-        return grpc.method_handlers_generic_handler(service.name, methods)
+    def handlers(self, service: Service) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """The handlers of all methods of a service, by name."""
+        return {name: self._unary(name, method) for name, method in service.methods().items()}
 
     def _unary(self, name: str, method: Method[Any]) -> grpc.RpcMethodHandler[Any, Any]:
         request_type, answer, roles, max_bytes, weight = (
@@ -208,11 +207,10 @@ class Guard:
             await asyncio.wait(self._changes)
 
     def foreign(
-        self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
-    ) -> grpc.GenericRpcHandler:
-        """The handler of a service that is not ours, for whoever has any role."""
-        methods = {name: self._foreign(name, handler) for name, handler in handlers.items()}
-        return grpc.method_handlers_generic_handler(service, methods)
+        self, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+    ) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """The handlers of a service that is not ours, for whoever has any role."""
+        return {name: self._foreign(name, handler) for name, handler in handlers.items()}
 
     def _foreign(
         self, name: str, handler: grpc.RpcMethodHandler[Any, Any]
@@ -229,8 +227,16 @@ class Guard:
                 except (DecodeError, MalformedRequest, OutOfTime) as error:
                     fault = error if isinstance(error, OutOfTime) else MalformedRequest()
                     await context.abort_with_status(rpc_status.to_status(self.status(name, fault)))
-            response = await inner(request, context)
-            if not handler.response_streaming:
+            try:
+                response = await inner(request, context)
+            except grpc.aio.BaseError:  # gRPC's own: an abort, or a caller that went away
+                raise
+            except Exception as error:
+                # A stream's messages are decoded as they are read.
+                status = self.status(name, MalformedRequest() if isinstance(error, DecodeError) else error)
+                await context.abort_with_status(rpc_status.to_status(status))
+            # A library's method may set a status and return nothing.
+            if not handler.response_streaming and response is not None:
                 await context.write(response)
 
         return grpc.stream_stream_rpc_method_handler(

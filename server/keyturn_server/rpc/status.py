@@ -32,6 +32,7 @@ from keyturn_server.errors import (
     RecordTooLate,
     RequestIdReused,
     RowLocked,
+    SpoolUnavailable,
     StoreUnavailable,
     TierNotEligible,
     TooManyKeys,
@@ -109,6 +110,7 @@ TABLE: dict[type[Exception], Entry] = {
     LockoutNotAcknowledged: Entry(grpc.StatusCode.FAILED_PRECONDITION, "LOCKOUT_NOT_ACKNOWLEDGED"),
     StoreUnavailable: Entry(grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"),
     RowLocked: Entry(grpc.StatusCode.UNAVAILABLE, "ROW_LOCKED"),
+    SpoolUnavailable: Entry(grpc.StatusCode.UNAVAILABLE, "SPOOL_UNAVAILABLE"),
     Overloaded: Entry(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
 }
 
@@ -137,6 +139,8 @@ def status_of(error: Exception) -> status_pb2.Status | None:
         case LockoutNotAcknowledged():
             info.metadata["locked_out_users"] = str(error.locked_out_users)
         case StoreUnavailable() | Overloaded():
+            if isinstance(error, SpoolUnavailable):
+                info.metadata["cause"] = error.cause.value
             details.append(
                 error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=_RETRY_SECONDS))
             )

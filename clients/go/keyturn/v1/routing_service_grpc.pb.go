@@ -46,15 +46,19 @@ type RoutingServiceClient interface {
 	// Errors: INVALID_ARGUMENT (`INVALID_FIELD`, e.g. `user_id` is missing), NOT_FOUND (`USER_NOT_FOUND`),
 	// ALREADY_EXISTS (`REQUEST_ID_REUSED`: the same `request_id` for another provider), RESOURCE_EXHAUSTED
 	// (`OVERLOADED`, with RetryInfo), UNAVAILABLE (`STORE_UNAVAILABLE`, `ROW_LOCKED`, with RetryInfo).
+	//
+	// While the database is away an own key that stands first is decided on from what was last known, with
+	// `degraded`, for a bounded time. Everything else is UNAVAILABLE then: credits, and denials too.
 	Decide(ctx context.Context, in *DecideRequest, opts ...grpc.CallOption) (*DecideResponse, error)
 	// What became of the request: charges the ticket or counts the own key's usage, exactly once.
 	//
 	// Durable before it is acknowledged, and safe to retry: the same record again gets the first answer.
+	// While the database is away that is on the sidecar's own disk, if it has a spool: see `durability`.
 	// Errors: INVALID_ARGUMENT (`INVALID_FIELD`; `INVALID_TOKEN`: the handle or ticket is garbled,
 	// truncated or foreign), ALREADY_EXISTS (`RECORD_CONFLICT`: recorded before with other contents),
 	// NOT_FOUND (`HOLD_NOT_FOUND`: settled and forgotten long ago), FAILED_PRECONDITION (`RECORD_TOO_LATE`:
 	// more than 7 days after expiry), RESOURCE_EXHAUSTED (`OVERLOADED`), UNAVAILABLE (`STORE_UNAVAILABLE`,
-	// `ROW_LOCKED`).
+	// `ROW_LOCKED`; `SPOOL_UNAVAILABLE`: the database is away, and the spool is full or its disk fails).
 	Record(ctx context.Context, in *RecordRequest, opts ...grpc.CallOption) (*RecordResponse, error)
 	// Fetch the secret behind a key handle, once per handle and before it expires.
 	//
@@ -163,15 +167,19 @@ type RoutingServiceServer interface {
 	// Errors: INVALID_ARGUMENT (`INVALID_FIELD`, e.g. `user_id` is missing), NOT_FOUND (`USER_NOT_FOUND`),
 	// ALREADY_EXISTS (`REQUEST_ID_REUSED`: the same `request_id` for another provider), RESOURCE_EXHAUSTED
 	// (`OVERLOADED`, with RetryInfo), UNAVAILABLE (`STORE_UNAVAILABLE`, `ROW_LOCKED`, with RetryInfo).
+	//
+	// While the database is away an own key that stands first is decided on from what was last known, with
+	// `degraded`, for a bounded time. Everything else is UNAVAILABLE then: credits, and denials too.
 	Decide(context.Context, *DecideRequest) (*DecideResponse, error)
 	// What became of the request: charges the ticket or counts the own key's usage, exactly once.
 	//
 	// Durable before it is acknowledged, and safe to retry: the same record again gets the first answer.
+	// While the database is away that is on the sidecar's own disk, if it has a spool: see `durability`.
 	// Errors: INVALID_ARGUMENT (`INVALID_FIELD`; `INVALID_TOKEN`: the handle or ticket is garbled,
 	// truncated or foreign), ALREADY_EXISTS (`RECORD_CONFLICT`: recorded before with other contents),
 	// NOT_FOUND (`HOLD_NOT_FOUND`: settled and forgotten long ago), FAILED_PRECONDITION (`RECORD_TOO_LATE`:
 	// more than 7 days after expiry), RESOURCE_EXHAUSTED (`OVERLOADED`), UNAVAILABLE (`STORE_UNAVAILABLE`,
-	// `ROW_LOCKED`).
+	// `ROW_LOCKED`; `SPOOL_UNAVAILABLE`: the database is away, and the spool is full or its disk fails).
 	Record(context.Context, *RecordRequest) (*RecordResponse, error)
 	// Fetch the secret behind a key handle, once per handle and before it expires.
 	//
