@@ -99,6 +99,8 @@ class World:
     checks_logs: bool = True
     """Whether no sidecar may have told of a defect."""
     processes: list[Process] = field(default_factory=list)
+    past: list[grpc.aio.Channel] = field(default_factory=list)
+    """Channels to processes that are no more."""
     operations: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     acknowledged: list[str] = field(default_factory=list)
@@ -137,8 +139,9 @@ class World:
         )
         process = Process(stack=stack, served=served, channel=served.channel())
         if at < len(self.processes):
-            old, self.processes[at] = self.processes[at], process
-            await old.channel.close()
+            # Not closed yet: a call that is asked again may just be on it, and would be cancelled.
+            self.past.append(self.processes[at].channel)
+            self.processes[at] = process
         else:
             self.processes.append(process)
 
@@ -177,6 +180,8 @@ class World:
         for process in self.processes:
             if process.served.process.returncode is None:
                 process.served.signal(signal.SIGTERM)
+        for channel in self.past:
+            await channel.close()
         for process in self.processes:
             code = await process.served.end()
             await process.channel.close()

@@ -15,10 +15,11 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import grpc
@@ -138,9 +139,16 @@ class Target:
             response_deserializer=pb.DecideResponse.FromString,
         )
         while True:
-            answer = await ask(request, timeout=60)
-            assert answer.WhichOneof("route") is not None
-            self.served_meanwhile += 1
+            try:
+                answer = await ask(request, timeout=60)
+            except grpc.aio.AioRpcError as error:
+                # gRPC itself turns calls away, any call, while more than 1,000 wait to be taken.
+                if error.code() is not grpc.StatusCode.CANCELLED:
+                    raise
+                self.answered["turned away by gRPC"] += 1
+            else:
+                assert answer.WhichOneof("route") is not None
+                self.served_meanwhile += 1
             await asyncio.sleep(0.02)
 
     def check_log(self) -> None:
@@ -315,6 +323,12 @@ async def throw_conversations(target: Target, draw: random.Random, *, mutations:
         await asyncio.gather(*(target.say(one) for one in said[start : start + _AT_ONCE]))
 
 
+def _growth(sizes: Sequence[int]) -> float:
+    """How much larger the last ones are than the first: what is kept for the moment goes up and down."""
+    third = max(len(sizes) // 3, 1)
+    return median(sizes[-third:]) - median(sizes[:third])
+
+
 async def _settled(target: Target, descriptors: int) -> None:
     """Back when the sidecar has no more descriptors open than before, but for those of its database."""
 
@@ -340,9 +354,9 @@ async def test_bodies_of_every_method_are_answered_or_refused_and_nothing_else(
             sizes.append(target.memory())
             target.check_log()
     await _settled(target, descriptors)
-    assert sizes[-1] - sizes[0] < _MOST_GROWN, sizes
     with capsys.disabled() if is_long else nullcontext():
         print(json.dumps({"seed": number, "MiB": [size >> 20 for size in sizes]} | target.answered))
+    assert _growth(sizes) < _MOST_GROWN
     # What is thrown comes far enough to meet every kind of check.
     for reason in ("OK", "MALFORMED_REQUEST", "INVALID_FIELD", "INVALID_TOKEN"):
         assert target.answered[reason], reason
@@ -364,9 +378,9 @@ async def test_frames_that_no_client_would_send_harm_nobody(
             sizes.append(target.memory())
             target.check_log()
     await _settled(target, descriptors)
-    assert sizes[-1] - sizes[0] < _MOST_GROWN, sizes
     with capsys.disabled() if is_long else nullcontext():
         print(json.dumps({"seed": number, "MiB": [size >> 20 for size in sizes]} | target.answered))
+    assert _growth(sizes) < _MOST_GROWN
     assert target.answered["connections"] > rounds * mutations / 2
 
 
@@ -400,7 +414,7 @@ async def test_what_is_beyond_every_limit_is_refused_and_forgotten(
             assert codes[-1] is grpc.StatusCode.OK, "each item has its own status"
             sizes.append(target.memory())
     await _settled(target, descriptors)
-    assert sizes[-1] - sizes[0] < _MOST_GROWN, sizes
+    assert _growth(sizes) < _MOST_GROWN, sizes
     assert await contents(target.sql) == before | {
         name: rows
         for name, rows in (await contents(target.sql)).items()
