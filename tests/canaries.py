@@ -16,11 +16,14 @@ from prometheus_client import generate_latest
 
 from keyturn_server.metrics import Metrics
 
-_PIECE = 12
-_STRIDE = 6
+_PIECE = 20  # longer than what two ids of one moment share
+_STRIDE = 4
 _SECRET_FIELDS = {"secret", "handle", "ticket", "key_handle", "credit_ticket", "failed_key_handles"}
 
 _pieces: dict[str, str] = {}
+"""Of the secrets of this test."""
+_ever: dict[str, str] = {}
+"""Of those of all tests of this process."""
 _pages: list[Metrics] = []
 
 
@@ -28,15 +31,24 @@ def parts(value: str) -> Iterator[str]:
     """Pieces of a secret that tell a good deal of it: none may be found. (A hint of four may.)"""
     # The id of a master key, in a ciphertext, and the beginnings of keys and tokens are no secret.
     body = re.sub(r"^(v1\.[0-9a-f]{16}\.|sk-(proj|ant-api03|test)-|sk-|kt[ht]1_|kta_|Bearer )", "", value)
-    return (body[start : start + _PIECE] for start in range(0, len(body) - _PIECE, _STRIDE))
+    return (body[start : start + _PIECE] for start in range(0, len(body) - _PIECE + 1, _STRIDE))
 
 
 def remember(name: str, secret: str) -> None:
     """From now on nothing that is looked through may hold it. What is too short to be told apart does not
     count, nor do words."""
+    if not any(character.isdigit() for character in secret):
+        return
     for part in parts(secret):
-        if any(character.isdigit() for character in part) and len(set(part)) > _PIECE // 2:
-            _pieces[part] = name
+        if len(set(part)) > _PIECE // 2:
+            _pieces[part] = _ever[part] = name
+
+
+def forget(*, but: str) -> None:
+    """A new test: the secrets of others, but those of that name, are none of its own."""
+    for part in [part for part, name in _pieces.items() if name != but]:
+        del _pieces[part]
+    _pages.clear()
 
 
 def remember_fields(message: Message) -> None:
@@ -51,18 +63,19 @@ def remember_fields(message: Message) -> None:
                 remember_fields(each)
 
 
-def found_in(text: str) -> set[str]:
+def found_in(text: str, *, ever: bool = False) -> set[str]:
     """The names of remembered secrets of which a piece stands in `text`."""
+    pieces = _ever if ever else _pieces
     return {
-        _pieces[piece]
+        pieces[piece]
         for start in range(len(text) - _PIECE + 1)
-        if (piece := text[start : start + _PIECE]) in _pieces
+        if (piece := text[start : start + _PIECE]) in pieces
     }
 
 
-def check_text(place: str, text: str) -> None:
-    """Raises AssertionError where a remembered secret stands in `text`. It does not quote it."""
-    found = found_in(text)
+def check_text(place: str, text: str, *, ever: bool = False) -> None:
+    """Raises AssertionError where a secret of this test (`ever`: of any) stands in `text`, unquoted."""
+    found = found_in(text, ever=ever)
     assert not found, f"secrets in {place}: {sorted(found)}"
 
 

@@ -16,7 +16,7 @@ import pytest_asyncio
 from keyturn_server import app
 from keyturn_server.store.embedded import EmbeddedPostgres
 from keyturn_server.store.migrate import migrate
-from tests.canaries import WatchedMetrics, check_text
+from tests.canaries import WatchedMetrics, check_text, forget
 from tests.factories import Connection, Factory
 from tests.invariants import check_invariants
 from tests.providers import NOBODY, Providers, playing_providers
@@ -38,6 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults", "the fault suite")
     group.addoption("--faults-long", action="store_true", help="its long form, which takes an hour or so")
     group.addoption("--faults-seed", type=int, default=1, help="what its random parts are drawn from")
+
+
+@pytest.fixture(autouse=True)
+def secrets_of_its_own() -> None:
+    """Each test is searched for its own secrets."""
+    forget(but="master key")
 
 
 def database_in(cluster: EmbeddedPostgres, name: str) -> str:
@@ -65,7 +71,7 @@ async def cluster() -> AsyncIterator[EmbeddedPostgres]:
         await Providers().play(connection, at=NOBODY)
         await connection.close()
         yield postgres
-        check_text("PostgreSQL's log", (directory / "pg" / "postgres.log").read_text())
+        check_text("PostgreSQL's log", (directory / "pg" / "postgres.log").read_text(), ever=True)
 
 
 @pytest_asyncio.fixture
