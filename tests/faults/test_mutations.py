@@ -17,7 +17,7 @@ from tests.factories import Connection
 from tests.faults.ledger_machine import World, open_world, run_machine
 from tests.support import temporary_directory
 
-_MOST_SEEDS = 20
+_MOST_SEEDS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
