@@ -25,7 +25,7 @@ done
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools clients conformance protos demo serve test check fmt bench bench-simulate clean release-protos schema
+.PHONY: help setup tools clients conformance protos demo serve test test-faults check fmt bench bench-simulate clean release-protos schema
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ serve: setup ## run the sidecar (ARGS='--embedded DIR …')
 
 test: setup $(if $(shell command -v go 2> /dev/null),tools) ## run every test, of every client too (ARGS='-k name' to choose, WORKERS=0 for one process)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
+
+test-faults: setup ## run the fault suite, short as in `make test` (ARGS=--faults-long: its long form)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) tests/faults $(ARGS)
 
 conformance: setup ## run the scenarios with every client, and write the table in clients/README.md
 	CI=true $(BIN)/python -m pytest --numprocesses $(WORKERS) tests/conformance/test_conformance.py

@@ -12,15 +12,13 @@ from typing import Any
 import asyncpg
 import grpc
 import pytest
-import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as pb
-from keyturn_server.store.embedded import EmbeddedPostgres
 from tests.cli.command import free_port
 from tests.factories import Connection, Factory
-from tests.proxy import Proxy, proxied
+from tests.proxy import Proxy
 from tests.support import Fault, Sidecar, eventually
 
 # So long that nothing but the push explains a change.
@@ -192,12 +190,6 @@ async def test_a_change_that_is_rolled_back_changes_nothing(
 
 
 # -- when the push breaks -----------------------------------------------------------------------------
-
-
-@pytest_asyncio.fixture
-async def proxy(cluster: EmbeddedPostgres) -> AsyncIterator[Proxy]:
-    async with proxied(cluster) as running:
-        yield running
 
 
 @asynccontextmanager

@@ -203,6 +203,16 @@ class Settled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spooled:
+    """A record that is durable on the sidecar's own disk, on its way to the books. Amounts in micro-USD."""
+
+    charge_micros: int
+    """What will be charged; 0 for an own key."""
+    cost_source: CostSource
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KeyUse:
     """One use of an own key to record."""
 

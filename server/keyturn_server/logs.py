@@ -108,6 +108,16 @@ class LineWriter:
                 select.select((), (self._descriptor,), ())
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what any caller can have gRPC tell as an error, with a trace, as often as it likes: that it has
+    gone before its answer; and that its metadata is no UTF-8, which would be shown, a token among it."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return not (
+        (kind is not None and kind.__name__ == "ExecuteBatchError")
+        or record.getMessage().startswith("Invalid encoding on ")
+    )
+
+
 @contextmanager
 def logging_apart(level: str) -> Iterator[LineWriter]:
     """The same as `configure_logs`, with a thread that writes, for the length of the block."""
@@ -145,6 +155,7 @@ def configure_logs(level: str, *, stream: TextIO | LineWriter | None = None) -> 
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     # asyncpg traces every attempt to connect; the same is told in a line of ours, and counted.
     logging.getLogger("asyncpg").setLevel(logging.CRITICAL)
     # They tell of every request to a provider, down to the headers of its answer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from uuid import UUID
 
@@ -53,3 +53,17 @@ class Profile:
     def keys_for(self, provider: str) -> tuple[StoredKey, ...]:
         """The keys for one provider, in the order to try them."""
         return tuple(key for key in self.keys if key.provider == provider)
+
+    def has_key(self, key_id: UUID, revision: int) -> bool:
+        """Whether the key is there, with the secret of that revision."""
+        return any((key.id, key.revision) == (key_id, revision) for key in self.keys)
+
+    def with_key(self, key_id: UUID, revision: int, **changes: object) -> Profile:
+        """The profile with one key changed, if it still holds the secret of that revision."""
+        return replace(
+            self,
+            keys=tuple(
+                replace(key, **changes) if (key.id, key.revision) == (key_id, revision) else key  # type: ignore[arg-type]
+                for key in self.keys
+            ),
+        )

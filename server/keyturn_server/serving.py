@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import ipaddress
 import os
 import signal
-import stat
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -25,6 +23,8 @@ from prometheus_client import start_http_server
 from keyturn_server.access_file import Callers
 from keyturn_server.errors import KeyturnFault
 from keyturn_server.metrics import Metrics
+from keyturn_server.private_files import locked, make_private
+from keyturn_server.rpc.accepting import AcceptingServer
 from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Context, Guard, Service
 from keyturn_server.tls import TlsFiles
 from keyturn_server.watched import Watched
@@ -38,6 +38,14 @@ _NOT_SERVING: int = health_pb2.HealthCheckResponse.NOT_SERVING
 # in 10 s is promised; the second less is for pings that were held up on their way.
 _PING_INTERVAL = timedelta(seconds=9)
 
+# A peer that went away without a word is noticed, and its connection closed.
+_KEEPALIVE = timedelta(minutes=1)
+_KEEPALIVE_TIMEOUT = timedelta(seconds=20)
+
+# More than we turn away in a second. There is no limit for each connection (max_concurrent_streams): gRPC's
+# own clients open more streams than it allows, and hear UNAVAILABLE then.
+_MOST_PENDING = 16_384
+
 # One server an address: with SO_REUSEPORT a second one would silently take half of the calls.
 _OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -46,6 +54,11 @@ _OPTIONS = (
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL // timedelta(milliseconds=1)),
+    # Beyond 1000 that have not come to us yet gRPC would cancel calls, without a reason. We say why.
+    ("grpc.server.max_pending_requests", _MOST_PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
+    ("grpc.keepalive_time_ms", _KEEPALIVE // timedelta(milliseconds=1)),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT // timedelta(milliseconds=1)),
 )
 
 
@@ -65,7 +78,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its packa
         self.draining = asyncio.Event()
         """Set when nothing is well any more, for good."""
 
-    async def report(self, service: str, *, well: bool) -> None:
+    def report(self, service: str, *, well: bool) -> None:
         """Tell whoever asks or watches; the empty name is the process as a whole."""
         self._well[service] = well
         self._tell()
@@ -129,6 +142,24 @@ class Services:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """For how long a connection may do nothing."""
+
+    first_words: timedelta
+    """From its opening until it has said that it speaks HTTP/2, TLS included."""
+    idle: timedelta
+    """Without a call. It is then told to go, so that no call is lost."""
+
+    @property
+    def options(self) -> tuple[tuple[str, int], ...]:
+        """As gRPC takes them."""
+        return (
+            ("grpc.server_handshake_timeout_ms", max(1, self.first_words // timedelta(milliseconds=1))),
+            ("grpc.max_connection_idle_ms", max(1, self.idle // timedelta(milliseconds=1))),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
     """How callers may come in."""
 
@@ -155,7 +186,10 @@ def claimed(addresses: Sequence[str], admission: Admission) -> Iterator[tuple[st
     with contextlib.ExitStack() as stack:
         for address in checked:
             if address.startswith("unix:"):
-                stack.enter_context(_lock_socket(Path(address.removeprefix("unix:"))))
+                # gRPC would take a socket over from a running server.
+                lock = Path(f"{address.removeprefix('unix:')}.lock")
+                taken = f"{address}: another server listens there."
+                stack.enter_context(locked(lock, taken=taken, fault=AddressError))
         yield checked
 
 
@@ -167,6 +201,7 @@ async def serving(
     tls: Watched[TlsFiles] | None,
     with_reflection: bool,
     metrics_address: str | None,
+    limits: Limits,
     drain_timeout: timedelta,
     log: Any,
 ) -> AsyncIterator[tuple[str, ...]]:
@@ -175,7 +210,7 @@ async def serving(
     The addresses come back as they are listened on: a port of 0 as the port it became. Raises
     `AddressError`.
     """
-    server = grpc.aio.server(options=_OPTIONS)
+    server = AcceptingServer((*_OPTIONS, *limits.options))
     names = tuple(service.name for service in services.services)
     foreign = _Foreign()
     health_pb2_grpc.add_HealthServicer_to_server(services.health, foreign)
@@ -184,19 +219,17 @@ async def serving(
         reflected = (*names, *foreign.services, reflection.SERVICE_NAME)
         foreign.services |= _reflection(reflected, services.health.draining)
     guard = services.guard
-    server.add_generic_rpc_handlers(
-        [
-            *(guard.handler(service) for service in services.services),
-            *(guard.foreign(name, handlers) for name, handlers in foreign.services.items()),
-            guard.rest(),
-        ]
-    )
+    for service in services.services:
+        server.add_registered_method_handlers(service.name, guard.handlers(service))
+    for name, handlers in foreign.services.items():
+        server.add_registered_method_handlers(name, guard.foreign(handlers))
+    server.add_generic_rpc_handlers([guard.rest()])
     with contextlib.ExitStack() as stack:
         bound = tuple([_bind(server, address, tls) for address in addresses])
         if metrics_address is not None:
             _serve_metrics(metrics_address, services.metrics, stack)
         for name in ("", *names):
-            await services.health.report(name, well=True)
+            services.health.report(name, well=True)
         await server.start()
         log.info("serving", addresses=list(bound))
         try:
@@ -266,12 +299,15 @@ def _reflection(
 
     async def converse(requests: AsyncIterator[Any], context: Context) -> None:
         """Until the client has no more questions, or we are draining."""
-        async with asyncio.TaskGroup() as tasks:
-            answering = tasks.create_task(answer(requests, context))
-            ending = tasks.create_task(draining.wait())
-            await asyncio.wait((answering, ending), return_when=asyncio.FIRST_COMPLETED)
-            answering.cancel()
-            ending.cancel()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                answering = tasks.create_task(answer(requests, context))
+                ending = tasks.create_task(draining.wait())
+                await asyncio.wait((answering, ending), return_when=asyncio.FIRST_COMPLETED)
+                answering.cancel()
+                ending.cancel()
+        except ExceptionGroup as group:  # of one: only the answering can fail
+            raise group.exceptions[0] from None
 
     handler = grpc.stream_stream_rpc_method_handler(
         converse,
@@ -290,7 +326,8 @@ def _check(address: str, admission: Admission) -> str:
             raise AddressError(
                 f"{path}: a Unix socket's path has at most {_MAX_SOCKET_PATH} bytes; choose a shorter one."
             )
-        _check_directory(path.parent)
+        # Whoever can enter the directory of a socket can call.
+        make_private(path.parent, what="socket", fault=AddressError)
         return f"unix:{path}"
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
@@ -322,42 +359,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _check_directory(directory: Path) -> None:
-    """Whoever can enter the directory of a socket can call: so only its owner may."""
-    try:
-        if not directory.exists():
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        facts = directory.stat()
-    except OSError as error:
-        raise AddressError(f"{directory}: cannot be made for the socket: {error.strerror}.") from None
-    if not stat.S_ISDIR(facts.st_mode):
-        raise AddressError(f"{directory}: is no directory.")
-    if facts.st_uid != os.geteuid():
-        raise AddressError(f"{directory}: the socket's directory belongs to somebody else.")
-    if facts.st_mode & 0o077:
-        raise AddressError(
-            f"{directory}: others can enter the socket's directory. Run: chmod 700 {directory}"
-        )
-
-
-@contextlib.contextmanager
-def _lock_socket(path: Path) -> Iterator[None]:
-    """Holds the socket for this process. gRPC would take a socket over from a running server."""
-    try:
-        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise AddressError(f"{path}.lock: cannot be opened: {error.strerror}.") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AddressError(f"unix:{path}: another server listens there.") from None
-        yield
-    finally:
-        # The file stays: removing it would let two servers lock two different files.
-        os.close(lock)
 
 
 def _bind(server: grpc.aio.Server, address: str, tls: Watched[TlsFiles] | None) -> str:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import asyncpg
 import grpc
 
+from tests.canaries import check_text
 from tests.factories import Connection
 from tests.support import MASTER_KEY, Sidecar, eventually
 
@@ -83,6 +84,7 @@ async def _finished(arguments: Sequence[str], variables: dict[str, str], stdin: 
         if process.returncode is None:
             process.kill()
             await process.wait()
+    check_text("stderr of a command", err.decode())
     return Finished(process.returncode or 0, out.decode(), err.decode())
 
 
@@ -246,6 +248,7 @@ async def started(directory: Path, *arguments: str, **variables: str) -> AsyncIt
         if process.returncode is None:
             process.kill()
             await process.wait()
+    check_text("the output of a sidecar", output.read_text())
 
 
 @asynccontextmanager

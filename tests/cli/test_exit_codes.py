@@ -127,15 +127,23 @@ async def test_6_nobody_is_there() -> None:
 
 
 @asynccontextmanager
-async def silence(directory: Path) -> AsyncIterator[str]:
-    """An address where connections are taken and nothing is ever said."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(f"{directory}/silent")
-    listener.listen()
+async def silence(directory: Path, *, heard: asyncio.Event | None = None) -> AsyncIterator[str]:
+    """An address where connections are taken, which `heard` tells, and nothing is ever said."""
+    connections: list[asyncio.StreamWriter] = []
+
+    def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        if heard is not None:
+            heard.set()
+
+    server = await asyncio.start_unix_server(take, f"{directory}/silent")
     try:
         yield f"unix:{directory}/silent"
     finally:
-        listener.close()
+        server.close()
+        for writer in connections:
+            writer.transport.abort()
+        await server.wait_closed()
 
 
 async def test_6_no_answer_in_time() -> None:
@@ -155,14 +163,16 @@ async def test_6_a_row_that_somebody_else_keeps_locked(
 
 
 async def test_130_interrupted() -> None:
-    async with temporary_directory() as directory, silence(directory) as address:
+    heard = asyncio.Event()
+    async with temporary_directory() as directory, silence(directory, heard=heard) as address:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "keyturn_server", *EXPLAIN, "--address", address, "--timeout", "60s"),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=environment_of(),
         )
-        await asyncio.sleep(2)
+        await heard.wait()  # the command is at its call
+        await asyncio.sleep(1)
         process.send_signal(signal.SIGINT)
         out, err = await process.communicate()
     assert (process.returncode, out, err) == (130, b"", b"")

@@ -41,7 +41,7 @@ _PLACE = "keyturn_server.cli"
 _SIDECAR = cyclopts.Group("Run it", sort_key=1)
 _ASKING = cyclopts.Group("Ask a running sidecar", sort_key=2)
 
-for _where in ("serve:serve", "demo:demo", "db:app", "keygen:keygen", "token:token"):
+for _where in ("serve:serve", "demo:demo", "db:app", "spool:app", "keygen:keygen", "token:token"):
     app.command(f"{_PLACE}.{_where}", name=_where.partition(":")[0], group=_SIDECAR)
 for _where in ("decide", "record", "explain"):
     app.command(f"{_PLACE}.routing:{_where}", name=_where, group=_ASKING)

@@ -32,6 +32,7 @@ def decision_message(decision: Decision) -> routing_service_pb2.DecideResponse:
         reason=_REASONS[decision.reason],
         message=decision.message,
         replayed=decision.replayed,
+        degraded=decision.degraded,
     )
     match decision.route:
         case KeyRoute() as route:
@@ -97,7 +98,11 @@ def record_message(recorded: Recorded) -> routing_service_pb2.RecordResponse:
         balance_micros=recorded.balance_micros,
         cost_source=_COST_SOURCES[recorded.cost_source],
         replayed=recorded.replayed,
-        durability=routing_service_pb2.DURABILITY_DATABASE,
+        durability=(
+            routing_service_pb2.DURABILITY_SPOOLED
+            if recorded.is_spooled
+            else routing_service_pb2.DURABILITY_DATABASE
+        ),
         key_state=(
             policy_pb2.KEY_STATE_UNSPECIFIED if recorded.key_state is None else KEY_STATES[recorded.key_state]
         ),
