@@ -220,7 +220,7 @@ async def serving(
         foreign.services |= _reflection(reflected, services.health.draining)
     guard = services.guard
     for service in services.services:
-        server.add_registered_method_handlers(service.name, guard.handlers(service))
+        server.add_unary_methods(service.name, guard.methods(service))
     for name, handlers in foreign.services.items():
         server.add_registered_method_handlers(name, guard.foreign(handlers))
     server.add_generic_rpc_handlers([guard.rest()])

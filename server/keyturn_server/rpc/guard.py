@@ -21,6 +21,7 @@ from grpc_status import rpc_status
 
 from keyturn_server.access import Caller, Role
 from keyturn_server.errors import Overloaded, PermissionDenied, Unauthenticated
+from keyturn_server.rpc.accepting import Call, UnaryMethod
 from keyturn_server.rpc.access import Access, transport_of
 from keyturn_server.rpc.status import (
     MalformedRequest,
@@ -90,7 +91,7 @@ class Service(Protocol):
 
 
 class Guard:
-    """Makes gRPC handlers of plain functions from request and caller to response message.
+    """Makes gRPC methods of plain functions from request and caller to response message.
 
     Every handler, also those of services that are not ours, looks at the caller before it reads the
     body: so somebody unknown gets one and the same answer, whatever is asked and however.
@@ -125,11 +126,11 @@ class Guard:
         self.carried = 0
         """What is being carried out of the data plane, in calls: a batch counts as several."""
 
-    def handlers(self, service: Service) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
-        """The handlers of all methods of a service, by name."""
+    def methods(self, service: Service) -> dict[str, UnaryMethod]:
+        """All methods of a service, by name."""
         return {name: self._unary(name, method) for name, method in service.methods().items()}
 
-    def _unary(self, name: str, method: Method[Any]) -> grpc.RpcMethodHandler[Any, Any]:
+    def _unary(self, name: str, method: Method[Any]) -> UnaryMethod:
         request_type, answer, roles, max_bytes, weight = (
             method.request_type,
             method.answer,
@@ -140,7 +141,9 @@ class Guard:
         begins = method.urgency is Urgency.BEGINS
         limit = self._limits.get(method.urgency)
 
-        async def handle(_: object, context: Context) -> bytes:
+        async def handle(call: Call) -> None:
+            context = call.context
+            answered: bytes | grpc.Status
             self.in_flight += 1
             carries = 0
             try:
@@ -170,23 +173,24 @@ class Guard:
                         raise Overloaded
                     self.carried += carries
                 work = answer(request, caller)
-                response = await (self._to_its_end(work) if roles == CHANGING else work)
+                response = await call.carried_out(self._to_its_end(work) if roles == CHANGING else work)
+                answered = response.SerializeToString()
                 self._on_call(name, "OK")
-                return response.SerializeToString()
             except Overloaded:
                 self._on_shed(name)
-                answered = _OVERLOADED
+                answered = self._refused(name, _OVERLOADED)
             except Exception as error:
-                answered = rpc_status.to_status(self.status(name, error))
+                answered = self._refused(name, rpc_status.to_status(self.status(name, error)))
             finally:
                 self.in_flight -= 1
                 self.carried -= carries
-            self._on_call(name, answered.code.name)
-            await context.abort_with_status(answered)
-            raise AssertionError("abort returned")
+            await call.answer(answered)
 
-        # As a stream of one request: that of a unary method would be read before we are asked.
-        return grpc.stream_unary_rpc_method_handler(handle)
+        return handle
+
+    def _refused(self, name: str, status: grpc.Status) -> grpc.Status:
+        self._on_call(name, status.code.name)
+        return status
 
     async def _to_its_end(self, work: Coroutine[Any, Any, Message]) -> Message:
         """The answer of an operator's change. It is made and audited whole, also for a caller that hangs up
