@@ -215,6 +215,7 @@ class _Call:
 
     def __init__(self, remaining: float | None) -> None:
         self.context = self
+        self.task = asyncio.current_task()
         self.remaining = remaining
         self.answered: Any = None
 

@@ -19,7 +19,7 @@ from keyturn.secret import Secret
 from keyturn_server.configuration import Configuration, Provider
 from keyturn_server.errors import InvalidFields, RequestIdReused, StoreUnavailable
 from keyturn_server.ids import new_id
-from keyturn_server.keys.envelope import Unreadable, open_sealed
+from keyturn_server.keys.envelope import Unreadable, opener
 from keyturn_server.keys.keyring import Keyring
 from keyturn_server.keys.tokens import HandleClaims, TicketClaims, TokenSealer
 from keyturn_server.ledger import Balance, HoldAnswer, HoldRequest, HoldStatus, KeyState
@@ -158,6 +158,19 @@ class _CreditsAnswer:
     retry_after: timedelta | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planned:
+    """A plan that holds as long as its configuration and its profile do, whatever the time."""
+
+    configuration: Configuration
+    plan: Plan
+    key: StoredKey | None
+    opener: Callable[[], Secret] | None
+
+    def opened(self) -> tuple[Plan, StoredKey | None, Secret | None]:
+        return self.plan, self.key, None if self.opener is None else self.opener()
+
+
 class Decider:
     """Makes decisions. Safe for any number of callers at once.
 
@@ -259,8 +272,17 @@ class Decider:
         profile: Profile,
         now: datetime,
     ) -> tuple[Plan, StoredKey | None, Secret | None]:
-        """The plan, and the key it stands on, opened: a key that does not open is not usable."""
+        """The plan, and the key it stands on, opened: a key that does not open is not usable.
+
+        What depends on neither the time nor handles that failed is planned once for each profile. The
+        secret is opened every time: it is not kept.
+        """
+        kind = (ask.provider, ask.constraint.value)
+        planned: _Planned | None = profile.planned.get(kind)
+        if planned is not None and planned.configuration is configuration and not ask.failed_key_handles:
+            return planned.opened()
         stored = profile.keys_for(ask.provider)
+        lasts = not ask.failed_key_handles and all(key.cooldown_until is None for key in stored)
         refused = self.refused_keys(ask)
         world = World(
             flags=configuration.flags,
@@ -274,11 +296,19 @@ class Decider:
         while True:
             plan = choose_route(world, now=now)
             key = next((key for key in stored if key.id == plan.key_id), None)
-            if key is None or self._keyring is None:
-                return plan, None, None
+            opener = None
             try:
-                return plan, key, open_key(self._keyring, ask.user_id, key)
+                if key is not None and self._keyring is not None:
+                    opener = opener_of(self._keyring, ask.user_id, key)
+                planned = _Planned(configuration=configuration, plan=plan, key=key, opener=opener)
+                opened = planned.opened()
+                if lasts:
+                    profile.planned[kind] = planned
+                return opened
             except Unreadable as error:
+                if key is None:
+                    raise
+                lasts = False  # every decision tells of it
                 self._on_unreadable(ask.user_id, key, error)
                 world = replace(
                     world,
@@ -461,7 +491,12 @@ def degraded(decision: Decision) -> Decision:
 
 def open_key(keyring: Keyring, user_id: str, key: StoredKey) -> Secret:
     """The secret of a stored key. Raises `Unreadable`."""
-    return open_sealed(keyring, key.ciphertext, user_id=user_id, provider=key.provider, row_id=key.id)
+    return opener_of(keyring, user_id, key)()
+
+
+def opener_of(keyring: Keyring, user_id: str, key: StoredKey) -> Callable[[], Secret]:
+    """What opens a stored key, over and over. Both raise `Unreadable`."""
+    return opener(keyring, key.ciphertext, user_id=user_id, provider=key.provider, row_id=key.id)
 
 
 def opens(keyring: Keyring | None, user_id: str, key: StoredKey) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 
@@ -49,6 +50,8 @@ class Profile:
     tier: str
     keys: tuple[StoredKey, ...]
     """Best priority first, the oldest first among equals."""
+    planned: dict[tuple[str, str], Any] = field(init=False, default_factory=dict, repr=False, compare=False)
+    """What `Decider.plan` made of this very profile: it lives as long as that does."""
 
     def keys_for(self, provider: str) -> tuple[StoredKey, ...]:
         """The keys for one provider, in the order to try them."""

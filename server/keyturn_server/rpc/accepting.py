@@ -27,7 +27,10 @@ _OK = 0
 class Call:
     """A call of a unary method of ours, until it is answered."""
 
-    __slots__ = ("_server", "_state", "_watch", "context")
+    __slots__ = ("_server", "_state", "_watch", "context", "task")
+
+    task: asyncio.Task[None]
+    """The one that answers it."""
 
     def __init__(self, server: _Acceptor, state: Any) -> None:
         self._server = server
@@ -49,7 +52,7 @@ class Call:
             result: T = end.value
             return result
         loop = self._server.loop
-        watch = cygrpc._handle_cancellation_from_core(asyncio.current_task(), self._state, loop)
+        watch = cygrpc._handle_cancellation_from_core(self.task, self._state, loop)
         self._watch = self._server.keep(loop.create_task(watch))
         return await _rest_of(work, waits_for)
 
@@ -141,7 +144,7 @@ class _Acceptor(cygrpc.AioServer):  # type: ignore[misc]  # it has no types
         """Takes the calls of one method, until the core has no more to give, which it raises."""
         while True:
             call = Call(self, await self._request_registered_call(method))
-            self.keep(self.loop.create_task(answer(call)))
+            call.task = self.keep(self.loop.create_task(answer(call)))
             del call  # the next one may be long in coming
 
     async def _accept(self, method: bytes | None, name: str) -> None:

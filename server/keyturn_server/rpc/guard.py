@@ -152,7 +152,7 @@ class Guard:
                 # sends one would take the place of others.
                 if limit is not None and self.carried >= limit:
                     raise Overloaded
-                body = await self._read(context)
+                body = await self._read(context, call.task)
                 if len(body) > max_bytes:
                     raise RequestTooLarge(len(body), max_bytes)
                 if limit is not None:
@@ -227,7 +227,7 @@ class Guard:
             request: Any = requests
             if not handler.request_streaming:
                 try:
-                    request = decode(await self._read(context))
+                    request = decode(await self._read(context, asyncio.current_task()))
                 except (DecodeError, MalformedRequest, OutOfTime) as error:
                     fault = error if isinstance(error, OutOfTime) else MalformedRequest()
                     await context.abort_with_status(rpc_status.to_status(self.status(name, fault)))
@@ -278,10 +278,12 @@ class Guard:
             status = self.status(method, error)
         await context.abort_with_status(rpc_status.to_status(status))
 
-    async def _read(self, context: Context) -> bytes:
-        """The body. Raises `MalformedRequest` where none comes, or one that gRPC cuts off for its size, and
-        `OutOfTime` where it takes too long."""
-        task = asyncio.current_task()
+    async def _read(self, context: Context, task: asyncio.Task[Any] | None) -> bytes:
+        """The body, read by `task`, the current one.
+
+        Raises `MalformedRequest` where none comes, or one that gRPC cuts off for its size, and `OutOfTime`
+        where it takes too long.
+        """
         self._reading[task] = False
         try:
             body = await context.read()

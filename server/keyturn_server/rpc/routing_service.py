@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from keyturn.secret import Secret
 from keyturn.v1 import routing_service_pb2
 from keyturn_server.access import Caller
 from keyturn_server.decide import KeyRoute
@@ -106,24 +105,30 @@ class RoutingService:
         self, request: routing_service_pb2.DecideRequest, caller: Caller, by: str
     ) -> routing_service_pb2.DecideResponse:
         ask = ask_from(request)
-        with _tokens_in("failed_key_handles"):
+        try:
             decision = await self._decider.decide(ask)
-        match decision.route:
-            case KeyRoute(secret=Secret(), key_id=key_id):
-                self._audit.secret_handed_out(
-                    caller, user_id=ask.user_id, key_id=key_id, decision_id=decision.id, by=by
-                )
+        except InvalidToken as error:
+            raise BadToken("failed_key_handles", error) from None
+        route = decision.route
+        if isinstance(route, KeyRoute) and route.secret is not None:
+            self._audit.secret_handed_out(
+                caller, user_id=ask.user_id, key_id=route.key_id, decision_id=decision.id, by=by
+            )
         return decision_message(decision)
 
     async def record(
         self, request: routing_service_pb2.RecordRequest, caller: Caller
     ) -> routing_service_pb2.RecordResponse:
         report = report_from(request)
-        if request.WhichOneof("settles") == "credit_ticket":
-            with _tokens_in("credit_ticket"):
-                return record_message(await self._recorder.settle_ticket(request.credit_ticket, report))
-        with _tokens_in("key_handle"):
-            return record_message(await self._recorder.record_key(request.key_handle, report))
+        settles = request.WhichOneof("settles")
+        try:
+            if settles == "credit_ticket":
+                recorded = await self._recorder.settle_ticket(request.credit_ticket, report)
+            else:
+                recorded = await self._recorder.record_key(request.key_handle, report)
+        except InvalidToken as error:
+            raise BadToken(settles or "key_handle", error) from None
+        return record_message(recorded)
 
     async def redeem(
         self, request: routing_service_pb2.RedeemRequest, caller: Caller
