@@ -33,6 +33,7 @@ from tests.outages import (
     remembered,
     rows,
     unavailable,
+    watched,
 )
 from tests.proxy import Proxy
 from tests.refusals import Refusal
@@ -218,6 +219,7 @@ async def test_a_failover_to_a_server_that_takes_no_writes_is_noticed_and_over_w
     await make.key(owner)
     key = await sidecar.decide(owner)
     tickets = [await sidecar.decide(user, cost_micros=1) for _ in range(2)]
+    await watched(sql)  # a connection that is cut while it is made would be the verdict
     async with read_only(database):
         if sessions == "that are there end":
             proxy.cut(push_only=False)
@@ -292,6 +294,8 @@ class Gateway:
         self.codes: set[grpc.StatusCode] = set()
         self.durabilities: set[int] = set()
         self.tickets = 0
+        self.known: set[str] = set()
+        """Users that were decided on from the database."""
         self._is_over = False
 
     async def run(self) -> None:
@@ -317,6 +321,8 @@ class Gateway:
             )
             if decision is None:
                 continue
+            if not decision.degraded:
+                self.known.add(user)
             recorded = await self._insist(
                 lambda decision=decision: self.sidecar.record(decision, SUCCESS, cost_micros=3)  # type: ignore[misc]
             )
@@ -354,7 +360,12 @@ async def test_a_database_that_is_stopped_and_started_under_load_loses_nothing()
             gateway = Gateway(sidecar, users)
             serving_ = asyncio.create_task(gateway.run())
             for _ in range(3):
-                await asyncio.sleep(0.3)
+                gateway.known.clear()
+
+                async def knows_everybody() -> bool:
+                    return gateway.known == set(users)
+
+                await eventually(knows_everybody)
                 await server.stop()
                 await becomes(sidecar, "keyturn.database", NOT_SERVING)
                 before = len(sidecar.acknowledged)

@@ -7,10 +7,11 @@ away nobody waits for it: what waits or runs is ended, and whatever comes fails 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
@@ -21,13 +22,12 @@ if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
     PoolConnection = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 
-T = TypeVar("T")
-
 WATCH_NAME = "keyturn watch"
 """How the watch's connection is called in pg_stat_activity."""
 
 _INTERVAL = timedelta(milliseconds=500)  # how often the watch asks
 _PAUSE = timedelta(milliseconds=250)  # before it tries another connection
+_BITS = 5  # in which silence is measured
 
 # What means "not now" and not "not like this": the server is away, going, full, too slow, read-only
 # after a failover, or two transactions stood in each other's way.
@@ -93,6 +93,8 @@ class Database:
         self._waits: set[asyncio.Timeout] = set()
         self._lent: set[PoolConnection] = set()
         self._is_away = False
+        self.heard_at = 0.0
+        """When a statement was answered last, by the loop's clock."""
         self.doubt = asyncio.Event()
         """Set when a statement found the server out of reach, for the watch to look after it."""
 
@@ -115,6 +117,7 @@ class Database:
                 if self._is_away:  # it went in this very moment
                     raise StoreUnavailable
                 yield connection
+                self.heard_at = asyncio.get_running_loop().time()
             finally:
                 self._lent.discard(connection)
                 await self._pool.release(connection, timeout=self._acquire_seconds)
@@ -178,12 +181,19 @@ class Database:
             return await connection.fetchval(sql, *arguments)
 
 
-async def _begin(connection: Connection) -> None:
+async def _connect_durably(*arguments: Any, **options: Any) -> Connection:
     """An acknowledged record is durable, whatever the role's or the database's default is."""
-    await connection.execute(
-        "SELECT set_config('synchronous_commit', 'on', false)"
-        " WHERE current_setting('synchronous_commit') = 'off'"
-    )
+    connection: Connection = await asyncpg.connect(*arguments, **options)
+    try:
+        await connection.execute(
+            "SELECT set_config('synchronous_commit', 'on', false)"
+            " WHERE current_setting('synchronous_commit') = 'off'"
+        )
+    except BaseException:
+        # The pool would close it in order, and wait for a server that says nothing.
+        connection.terminate()
+        raise
+    return connection
 
 
 async def _keep(connection: Connection) -> None:
@@ -196,10 +206,12 @@ class Watch:
 
     A connection that breaks, that says nothing for a while, or that is read-only proves little: another
     one is made, and what comes of that is the verdict. Where the server answers and does not let us in (too
-    many connections, another password), those that we have are asked: while they work, it is there.
+    many connections, another password), those that we have are asked: while they work, it is there. Nor is
+    it silent where it has answered a statement meanwhile.
 
     With a limit of 2 seconds silence is noticed within 2 seconds: up to 0.5 until it is asked again, and
     0.75 for each of the two. While the server is away a new connection may take the whole limit.
+    Where our own process comes too late to hear an answer it takes longer: see `patience`.
     """
 
     def __init__(
@@ -224,7 +236,7 @@ class Watch:
             self._database.doubt.clear()
             connection, error = await self._look()
             try:
-                await self._judge(error)
+                await self._judge(error, since=began)
                 if connection is not None and error is None:
                     await self._until_doubtful(connection)
             finally:
@@ -238,25 +250,35 @@ class Watch:
         limit = self._limit if self._database.is_away else self._limit * 3 / 8
         connection = None
         try:
-            connection = await _within(_connect(self._dsn), limit)
+            async with patience(limit):
+                connection = await _connect(self._dsn)
             is_read_only = await self._is_read_only(connection, limit)
         except Exception as error:  # whatever it is, the answer is to try again
             return connection, error
+        except BaseException:
+            if connection is not None:
+                connection.terminate()
+            raise
         return connection, asyncpg.ReadOnlySQLTransactionError() if is_read_only else None
 
-    async def _judge(self, error: Exception | None) -> None:
+    async def _judge(self, error: Exception | None, *, since: float) -> None:
         if error is None:
             if self._database.is_away:
                 await self._database.resume()
                 self._on_change(True, "", "")
-        elif not self._database.is_away and not (_is_refusal(error) and await self._others_work()):
+        elif not self._database.is_away and not await self._others_work(error, since):
             self._database.leave()
             self._on_change(False, type(error).__name__, getattr(error, "sqlstate", None) or "")
 
-    async def _others_work(self) -> bool:
+    async def _others_work(self, error: Exception, since: float) -> bool:
         """Whether the pool's connections do, though no new one can be made."""
+        if isinstance(error, TimeoutError):
+            return self._database.heard_at > since
+        if not _is_refusal(error):
+            return False
         try:
-            await _within(self._database.fetchval("SELECT 1"), self._limit)
+            async with patience(self._limit):
+                await self._database.fetchval("SELECT 1")
         except TimeoutError:  # all are in use
             return True
         except Exception:  # which has been told
@@ -282,8 +304,8 @@ class Watch:
             connection.remove_termination_listener(ended)
 
     async def _is_read_only(self, connection: Connection, limit: timedelta) -> bool:
-        asked = connection.fetchval("SELECT current_setting('transaction_read_only') = 'on'")
-        return bool(await _within(asked, limit, give_up=connection.terminate))
+        async with patience(limit, give_up=connection.terminate):
+            return bool(await connection.fetchval("SELECT current_setting('transaction_read_only') = 'on'"))
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -306,28 +328,39 @@ async def _is_set(event: asyncio.Event, *, within: timedelta) -> bool:
         return False
 
 
-async def _within(
-    work: Coroutine[Any, Any, T], limit: timedelta, *, give_up: Callable[[], object] | None = None
-) -> T:
-    """What `work` comes to. Raises TimeoutError after `limit`, and what it raises.
+@asynccontextmanager
+async def patience(limit: timedelta, *, give_up: Callable[[], object] | None = None) -> AsyncIterator[None]:
+    """Waits for the server in the block, and raises TimeoutError when it has been silent for `limit`.
 
-    The limit is waited for bit by bit, so that a moment in which our own process stood still does not
-    count as the server's silence.
+    Silence is measured bit by bit. A bit whose end we come to late counts for the less, since then we were
+    the ones to be slow, and an answer may be there that we have not read; but for a fifth at least, so that
+    it has an end. `give_up` is called before the block is cancelled: a statement is not to be cancelled with
+    the server's help when that says nothing.
     """
-    bits = 5
-    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    bit = limit.total_seconds() / _BITS
+    left = _BITS - 0.01
+    began = time.monotonic()
+    timer: asyncio.TimerHandle
+
+    def end_of_a_bit() -> None:
+        nonlocal left, began, timer
+        late = max(0.0, time.monotonic() - began - bit)
+        left -= max(1 / 5, 1 - late / bit)
+        if left > 0:
+            began = time.monotonic()
+            timer = loop.call_later(bit, end_of_a_bit)
+            return
+        wait.reschedule(loop.time())
+        if give_up is not None:
+            give_up()
+
+    timer = loop.call_later(bit, end_of_a_bit)
     try:
-        for _ in range(bits):
-            await asyncio.wait((task,), timeout=limit.total_seconds() / bits)
-            if task.done():
-                return task.result()
-        raise TimeoutError
+        async with asyncio.timeout(None) as wait:
+            yield
     finally:
-        if not task.done():
-            (give_up or task.cancel)()
-            await asyncio.wait((task,))
-            if not task.cancelled():
-                task.exception()  # we have given it up
+        timer.cancel()
 
 
 @asynccontextmanager
@@ -352,12 +385,15 @@ async def open_database(
     try:
         pool = await asyncpg.create_pool(
             dsn,
-            min_size=1,
+            # One to see that we are let in. None is kept up in the background: the watch looks after the
+            # server, and says so.
+            init_size=1,
+            min_size=0,
             max_size=connections,
             timeout=connect_timeout.total_seconds(),
             # The server gives up first, and says so; ours is for a server that says nothing.
             command_timeout=statement_seconds + 1,
-            init=_begin,
+            connect=_connect_durably,
             reset=_keep,
             server_settings={
                 "application_name": "keyturn",
