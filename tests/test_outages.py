@@ -563,3 +563,21 @@ async def test_a_second_process_on_the_same_spool_ends_and_says_why(database: st
             assert other.code == 1
             assert f"{home}/spool: another sidecar has its spool there." in other.err
             assert "Traceback" not in other.err
+
+
+async def test_a_sidecar_that_cannot_reach_its_database_when_it_starts_ends_and_says_so(
+    database: str, proxy: Proxy
+) -> None:
+    async with temporary_directory() as home:
+        options, variables = places(proxy, database, home)
+        variables["KEYTURN_CONNECT_TIMEOUT"] = "1"
+        for fault in (proxy.relay.freeze, proxy.go_away):
+            fault()
+            finished = await keyturn("serve", *options, **variables)
+            assert finished.code == 6
+            assert finished.err.splitlines()[-1] == "keyturn: The database cannot be reached."
+            assert "Traceback" not in finished.err
+        proxy.relay.thaw()
+        proxy.come_back()
+        async with serving(home, *options, **variables):
+            pass
