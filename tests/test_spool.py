@@ -6,18 +6,22 @@ import asyncio
 import shutil
 import sqlite3
 import stat
+import threading
 from collections.abc import Callable
 from contextlib import closing
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import grpc
 import pytest
 
 from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as pb
-from keyturn_server.store.spool import SPOOL_FILE, SpoolError, SpoolState, open_spool
+from keyturn_server.errors import SpoolCause, SpoolUnavailable
+from keyturn_server.store.spool import SPOOL_FILE, Spoolable, SpoolError, SpoolState, open_spool
 from tests.factories import Connection, Factory
 from tests.invariants import check_invariants
 from tests.outages import (
@@ -391,6 +395,49 @@ async def test_a_key_rests_from_when_its_record_was_taken(
     ]
     assert timedelta(0) < left[0] <= timedelta(seconds=200)
     assert left[1] is None
+
+
+async def test_nobody_waits_for_a_disk_that_hangs(directory: Path) -> None:
+    told: list[SpoolState] = []
+    record = Spoolable(
+        id=UUID(int=1),
+        user_id="u",
+        taken_at=datetime.now(UTC),
+        fingerprint=b"f",
+        body=b"b",
+        signature=b"s",
+    )
+    answers_again = threading.Event()
+    async with open_spool(directory, max_records=10, max_bytes=2**20, on_state=told.append) as spool:
+        await spool.put(record)
+        hanging = asyncio.create_task(spool._run(lambda connection: answers_again.wait(60)))
+        try:
+            results = await asyncio.gather(
+                spool.find(record.id), spool.put(replace(record, id=UUID(int=2))), return_exceptions=True
+            )
+            assert [type(one) for one in results] == [SpoolUnavailable, SpoolUnavailable]
+            assert (told[-1].cause, told[-1].error) == (SpoolCause.DISK, "TIMEOUT")
+        finally:
+            answers_again.set()
+        await hanging
+        assert (await spool.put(replace(record, id=UUID(int=3)))).is_new
+        assert await spool.find(record.id) is not None
+        await spool.look()
+        assert told[-1].cause is None
+
+
+async def test_another_file_in_the_place_of_the_spool_stops_nothing_but_the_spool(directory: Path) -> None:
+    told: list[SpoolState] = []
+    async with open_spool(directory, max_records=10, max_bytes=2**20, on_state=told.append) as spool:
+        (directory / SPOOL_FILE).rename(directory / "ours")
+        with closing(sqlite3.connect(directory / SPOOL_FILE)) as connection:
+            connection.execute("PRAGMA user_version = 99")
+        await spool.look()  # finds that ours is gone
+        await spool.look()
+        assert (told[-1].cause, told[-1].error) == (SpoolCause.DISK, "SpoolError")
+        (directory / "ours").rename(directory / SPOOL_FILE)
+        await spool.look()
+        assert told[-1].cause is None
 
 
 async def test_a_commit_waits_for_the_disk(directory: Path) -> None:

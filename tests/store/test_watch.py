@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from keyturn_server.store.database import Database, Watch, open_database, patience
+from keyturn_server.store.database import Database, Watch, open_database
+from keyturn_server.store.patience import patience
 from tests.factories import Connection
 from tests.support import eventually, temporary_directory
 

@@ -7,7 +7,6 @@ away nobody waits for it: what waits or runs is ended, and whatever comes fails 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from keyturn_server.errors import KeyturnFault, RowLocked, StoreUnavailable
+from keyturn_server.store.patience import patience
 
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
@@ -27,7 +27,6 @@ WATCH_NAME = "keyturn watch"
 
 _INTERVAL = timedelta(milliseconds=500)  # how often the watch asks
 _PAUSE = timedelta(milliseconds=250)  # before it tries another connection
-_BITS = 5  # in which silence is measured
 
 # What means "not now" and not "not like this": the server is away, going, full, too slow, read-only
 # after a failover, or two transactions stood in each other's way.
@@ -326,41 +325,6 @@ async def _is_set(event: asyncio.Event, *, within: timedelta) -> bool:
             return await event.wait()
     except TimeoutError:
         return False
-
-
-@asynccontextmanager
-async def patience(limit: timedelta, *, give_up: Callable[[], object] | None = None) -> AsyncIterator[None]:
-    """Waits for the server in the block, and raises TimeoutError when it has been silent for `limit`.
-
-    Silence is measured bit by bit. A bit whose end we come to late counts for the less, since then we were
-    the ones to be slow, and an answer may be there that we have not read; but for a fifth at least, so that
-    it has an end. `give_up` is called before the block is cancelled: a statement is not to be cancelled with
-    the server's help when that says nothing.
-    """
-    loop = asyncio.get_running_loop()
-    bit = limit.total_seconds() / _BITS
-    left = _BITS - 0.01
-    began = time.monotonic()
-    timer: asyncio.TimerHandle
-
-    def end_of_a_bit() -> None:
-        nonlocal left, began, timer
-        late = max(0.0, time.monotonic() - began - bit)
-        left -= max(1 / 5, 1 - late / bit)
-        if left > 0:
-            began = time.monotonic()
-            timer = loop.call_later(bit, end_of_a_bit)
-            return
-        wait.reschedule(loop.time())
-        if give_up is not None:
-            give_up()
-
-    timer = loop.call_later(bit, end_of_a_bit)
-    try:
-        async with asyncio.timeout(None) as wait:
-            yield
-    finally:
-        timer.cancel()
 
 
 @asynccontextmanager

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import asyncpg
 
 from keyturn_server.errors import StoreUnavailable
-from keyturn_server.store.database import is_unavailable, patience
+from keyturn_server.store.database import is_unavailable
+from keyturn_server.store.patience import patience
 
 if TYPE_CHECKING:
     from keyturn_server.store.database import Connection
