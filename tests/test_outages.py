@@ -240,7 +240,12 @@ async def test_a_failover_to_a_server_that_takes_no_writes_is_noticed_and_over_w
 
 
 async def test_a_database_that_lets_nobody_in_is_away_once_those_inside_have_left(
-    spooling: Callable[..., Any], directory: Path, database: str, make: Factory, sql: Connection
+    spooling: Callable[..., Any],
+    directory: Path,
+    database: str,
+    make: Factory,
+    sql: Connection,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     sidecar = await spooling()
     user = await make.user(micros=10**6)
@@ -263,6 +268,8 @@ async def test_a_database_that_lets_nobody_in_is_away_once_those_inside_have_lef
     finally:
         await elsewhere.close()
     await drained(directory)
+    # Nobody tries besides the watch and the push: what a library says for itself is no line of ours.
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("asyncpg")] == []
 
 
 # -- a real server, stopped and started, under load ----------------------------------------------------
