@@ -143,3 +143,21 @@ async def test_a_watch_that_is_ended_at_any_moment_leaves_no_connection(
         )
 
     await eventually(nobody_is_left)
+
+
+async def test_connections_that_are_not_used_again_end_at_once(database: str, sql: Connection) -> None:
+    open_ones = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name = 'keyturn'"
+    )
+    async with opened(database) as pool, pool.connection() as in_use:
+        assert await pool.fetchval("SELECT 1") == 1  # on another one
+        assert await sql.fetchval(open_ones) == 2
+        await pool.renew()
+
+        async def one_is_left() -> bool:
+            return bool(await sql.fetchval(open_ones) == 1)
+
+        await eventually(one_is_left)
+        assert await in_use.fetchval("SELECT 2") == 2
+        assert await pool.fetchval("SELECT 3") == 3

@@ -10,7 +10,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import asyncpg
 
@@ -84,13 +86,20 @@ class Database:
     """A pool, made with `open_database`. Its methods raise `StoreUnavailable` and asyncpg's data errors."""
 
     def __init__(
-        self, pool: Pool, *, acquire_timeout: timedelta, on_unavailable: Callable[[str, str], None]
+        self,
+        pool: Pool,
+        made: WeakSet[Connection],
+        *,
+        acquire_timeout: timedelta,
+        on_unavailable: Callable[[str, str], None],
     ) -> None:
+        """`made` has the connections that the pool made."""
         self._pool = pool
+        self._made = made
         self._acquire_seconds = acquire_timeout.total_seconds()
         self._on_unavailable = on_unavailable
         self._waits: set[asyncio.Timeout] = set()
-        self._lent: set[PoolConnection] = set()
+        self._lent: dict[PoolConnection, int] = {}  # with the server's process
         self._is_away = False
         self.heard_at = 0.0
         """When a statement was answered last, by the loop's clock."""
@@ -111,14 +120,14 @@ class Database:
         try:
             connection = await self._acquire()
             is_ours = True
-            self._lent.add(connection)
+            self._lent[connection] = connection.get_server_pid()
             try:
                 if self._is_away:  # it went in this very moment
                     raise StoreUnavailable
                 yield connection
                 self.heard_at = asyncio.get_running_loop().time()
             finally:
-                self._lent.discard(connection)
+                self._lent.pop(connection, None)
                 await self._pool.release(connection, timeout=self._acquire_seconds)
         except Exception as error:
             if isinstance(error, asyncpg.LockNotAvailableError):
@@ -163,6 +172,12 @@ class Database:
     async def renew(self) -> None:
         """Connections made so far are not used again: the server they lead to may be gone."""
         await self._pool.expire_connections()
+        # Those that nobody uses are ended here and now. The pool would end them in order once it is asked for
+        # the next one, in a task that nobody waits for; and such a server may say nothing.
+        lent = set(self._lent.values())
+        for connection in list(self._made):
+            if not connection.is_closed() and connection.get_server_pid() not in lent:
+                connection.terminate()
 
     async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
         """The rows of one statement."""
@@ -180,7 +195,7 @@ class Database:
             return await connection.fetchval(sql, *arguments)
 
 
-async def _connect_durably(*arguments: Any, **options: Any) -> Connection:
+async def _connect_durably(made: WeakSet[Connection], *arguments: Any, **options: Any) -> Connection:
     """An acknowledged record is durable, whatever the role's or the database's default is."""
     connection: Connection = await asyncpg.connect(*arguments, **options)
     try:
@@ -192,6 +207,7 @@ async def _connect_durably(*arguments: Any, **options: Any) -> Connection:
         # The pool would close it in order, and wait for a server that says nothing.
         connection.terminate()
         raise
+    made.add(connection)
     return connection
 
 
@@ -346,6 +362,7 @@ async def open_database(
     server does not want it (wrong password, no such database).
     """
     statement_seconds = statement_timeout.total_seconds()
+    made: WeakSet[Connection] = WeakSet()
     try:
         pool = await asyncpg.create_pool(
             dsn,
@@ -357,7 +374,7 @@ async def open_database(
             timeout=connect_timeout.total_seconds(),
             # The server gives up first, and says so; ours is for a server that says nothing.
             command_timeout=statement_seconds + 1,
-            connect=_connect_durably,
+            connect=partial(_connect_durably, made),
             reset=_keep,
             server_settings={
                 "application_name": "keyturn",
@@ -372,7 +389,7 @@ async def open_database(
     except Exception as error:
         raise fault_of(error) from None
     try:
-        yield Database(pool, acquire_timeout=connect_timeout, on_unavailable=on_unavailable)
+        yield Database(pool, made, acquire_timeout=connect_timeout, on_unavailable=on_unavailable)
     finally:
         try:
             async with asyncio.timeout(connect_timeout.total_seconds()):
