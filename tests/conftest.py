@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -31,6 +32,10 @@ def pytest_configure() -> None:
     for name in [name for name in os.environ if name.startswith(("KEYTURN_", "ENCRYPTION_KEY"))]:
         del os.environ[name]
     app.Metrics = WatchedMetrics  # type: ignore[attr-defined]
+    # A shell has what it runs in the background ignore it, and a program hands that on to what it starts;
+    # unlike a handler.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda number, frame: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,8 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as pb
+from keyturn_server.store.database import WATCH_NAME
 from keyturn_server.store.spool import SPOOL_FILE
-from tests.factories import Factory
+from tests.factories import Connection, Factory
 from tests.proxy import Proxy
 from tests.refusals import refused
 from tests.support import Sidecar, eventually
@@ -53,6 +54,21 @@ async def away(sidecar: Sidecar, proxy: Proxy) -> None:
     """The database goes away, and the sidecar has noticed."""
     proxy.go_away()
     await becomes(sidecar, "keyturn.database", NOT_SERVING)
+
+
+async def watched(sql: Connection) -> None:
+    """Back when a watch is content: it has made its connection, and asked on it more than once."""
+
+    async def is_content() -> bool:
+        return bool(
+            await sql.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                " AND application_name = $1 AND query_start > backend_start + interval '0.4 s'",
+                WATCH_NAME,
+            )
+        )
+
+    await eventually(is_content)
 
 
 async def becomes(sidecar: Sidecar, name: str, status: int) -> None:

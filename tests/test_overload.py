@@ -56,7 +56,9 @@ async def test_what_begins_something_is_turned_away_before_what_ends_it_and_oper
     sidecar = await start_sidecar(max_concurrent_calls=3, statement_timeout=300)
     user, owner = await make.user(micros=1_000), await make.user()
     await make.key(owner, secret="sk-test-0123456789abcdef0123")
-    tickets = [(await sidecar.decide(user, cost_micros=10)).ticket.ticket for _ in range(8)]
+    # Of somebody else: on an account that a decision keeps locked a record gives up soon.
+    payer = await make.user(micros=1_000)
+    tickets = [(await sidecar.decide(payer, cost_micros=10)).ticket.ticket for _ in range(8)]
     handle = (await sidecar.decide(owner, key_delivery=pb.KEY_DELIVERY_REDEEM)).key.handle
     records = [pb.RecordRequest(credit_ticket=each, outcome=SUCCESS, cost_micros=1) for each in tickets]
 

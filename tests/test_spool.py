@@ -6,18 +6,22 @@ import asyncio
 import shutil
 import sqlite3
 import stat
+import threading
 from collections.abc import Callable
 from contextlib import closing
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import grpc
 import pytest
 
 from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as pb
-from keyturn_server.store.spool import SPOOL_FILE, SpoolError, SpoolState, open_spool
+from keyturn_server.errors import SpoolCause, SpoolUnavailable
+from keyturn_server.store.spool import SPOOL_FILE, Spoolable, SpoolError, SpoolState, open_spool
 from tests.factories import Connection, Factory
 from tests.invariants import check_invariants
 from tests.outages import (
@@ -292,6 +296,84 @@ async def test_a_record_that_cannot_be_brought_yet_holds_up_nobody_and_still_com
     assert await sql.fetchval("SELECT sum(balance_micros) FROM credit_accounts") == 3_000 - 120
 
 
+def taken_before(directory: Path, user: str, span: timedelta) -> None:
+    """The user's records have been in the spool for so long."""
+    with closing(sqlite3.connect(directory / SPOOL_FILE)) as connection:
+        micros = span // timedelta(microseconds=1)
+        connection.execute("UPDATE records SET taken_at = taken_at - ? WHERE user_id = ?", (micros, user))
+        connection.commit()
+
+
+async def test_a_charge_is_of_the_time_at_which_it_was_acknowledged(
+    spooling: Callable[..., Any], proxy: Proxy, directory: Path, make: Factory, sql: Connection
+) -> None:
+    sidecar = await spooling()
+    # How long ago the record was taken, and whether that was after the hold ran out. The last one's clock
+    # was behind: nothing is recorded from before there was a hold.
+    cases = {
+        timedelta(days=10, hours=1): False,
+        timedelta(days=9): True,
+        timedelta(0): True,
+        timedelta(days=90): False,
+    }
+    users = [await make.user(micros=1_000) for _ in cases]
+    tickets = [await sidecar.decide(user, cost_micros=100) for user in users]
+    await away(sidecar, proxy)
+    for user, ticket, waited in zip(users, tickets, cases, strict=True):
+        assert (await sidecar.record(ticket, SUCCESS, cost_micros=40)).durability == SPOOLED
+        taken_before(directory, user, waited)
+    await sql.execute(
+        "UPDATE credit_holds"
+        "   SET created_at = now() - interval '11 days', expires_at = now() - interval '10 days'"
+    )
+    proxy.come_back()
+    await drained(directory)
+    for user, (waited, is_late) in zip(users, cases.items(), strict=True):
+        row = await sql.fetchrow(
+            "SELECT t.is_late, h.is_late AS hold_is_late, now() - t.created_at AS since"
+            "  FROM credit_transactions t JOIN credit_holds h USING (user_id, id) WHERE user_id = $1",
+            user,
+        )
+        assert row is not None
+        assert (row["is_late"], row["hold_is_late"]) == (is_late, is_late)
+        since = min(waited, timedelta(days=11))
+        assert since <= row["since"] < since + timedelta(minutes=10)
+    assert not events(sidecar, "record_set_aside")
+
+
+async def test_the_use_of_a_key_is_of_the_time_at_which_it_was_acknowledged(
+    spooling: Callable[..., Any], proxy: Proxy, directory: Path, make: Factory, sql: Connection
+) -> None:
+    sidecar = await spooling()
+    user = await make.user()
+    await make.key(user)
+    before, after = await sidecar.decide(user), await sidecar.decide(user)
+    await away(sidecar, proxy)
+    assert (await sidecar.record(before, SUCCESS)).durability == SPOOLED
+    taken_before(directory, user, timedelta(days=10))
+    # What another sidecar recorded of the key meanwhile.
+    await sql.execute(
+        "UPDATE user_api_keys SET last_used_at = now(), last_error_at = now(),"
+        " cooldown_until = now() + interval '1 hour'"
+    )
+    proxy.come_back()
+    await drained(directory)
+    row = await sql.fetchrow("SELECT is_late, now() - created_at AS since FROM api_key_usage")
+    assert row is not None
+    assert not row["is_late"]
+    assert timedelta(days=10) <= row["since"] < timedelta(days=10, minutes=10)
+    key = await sql.fetchrow(
+        "SELECT total_requests, now() - last_used_at AS since, cooldown_until IS NOT NULL AS rests"
+        "  FROM user_api_keys"
+    )
+    assert key is not None
+    assert (key["total_requests"], key["rests"]) == (1, True)
+    assert key["since"] < timedelta(minutes=10)
+    # A success of now ends the rest.
+    assert (await sidecar.record(after, SUCCESS)).key_state == policy.KEY_STATE_USABLE
+    assert await sql.fetchval("SELECT cooldown_until FROM user_api_keys") is None
+
+
 async def test_a_key_rests_from_when_its_record_was_taken(
     spooling: Callable[..., Any], proxy: Proxy, directory: Path, make: Factory, sql: Connection
 ) -> None:
@@ -303,12 +385,8 @@ async def test_a_key_rests_from_when_its_record_was_taken(
     await away(sidecar, proxy)
     for decision in decisions:
         await sidecar.record(decision, pb.OUTCOME_RATE_LIMITED, retry_after={"seconds": 600})
-    with closing(sqlite3.connect(directory / SPOOL_FILE)) as connection:
-        for user, seconds in zip(users, (400, 900), strict=True):
-            connection.execute(
-                "UPDATE records SET taken_at = taken_at - ? WHERE user_id = ?", (seconds * 1_000_000, user)
-            )
-        connection.commit()
+    for user, seconds in zip(users, (400, 900), strict=True):
+        taken_before(directory, user, timedelta(seconds=seconds))
     proxy.come_back()
     await drained(directory)
     left = [
@@ -317,6 +395,49 @@ async def test_a_key_rests_from_when_its_record_was_taken(
     ]
     assert timedelta(0) < left[0] <= timedelta(seconds=200)
     assert left[1] is None
+
+
+async def test_nobody_waits_for_a_disk_that_hangs(directory: Path) -> None:
+    told: list[SpoolState] = []
+    record = Spoolable(
+        id=UUID(int=1),
+        user_id="u",
+        taken_at=datetime.now(UTC),
+        fingerprint=b"f",
+        body=b"b",
+        signature=b"s",
+    )
+    answers_again = threading.Event()
+    async with open_spool(directory, max_records=10, max_bytes=2**20, on_state=told.append) as spool:
+        await spool.put(record)
+        hanging = asyncio.create_task(spool._run(lambda connection: answers_again.wait(60)))
+        try:
+            results = await asyncio.gather(
+                spool.find(record.id), spool.put(replace(record, id=UUID(int=2))), return_exceptions=True
+            )
+            assert [type(one) for one in results] == [SpoolUnavailable, SpoolUnavailable]
+            assert (told[-1].cause, told[-1].error) == (SpoolCause.DISK, "TIMEOUT")
+        finally:
+            answers_again.set()
+        await hanging
+        assert (await spool.put(replace(record, id=UUID(int=3)))).is_new
+        assert await spool.find(record.id) is not None
+        await spool.look()
+        assert told[-1].cause is None
+
+
+async def test_another_file_in_the_place_of_the_spool_stops_nothing_but_the_spool(directory: Path) -> None:
+    told: list[SpoolState] = []
+    async with open_spool(directory, max_records=10, max_bytes=2**20, on_state=told.append) as spool:
+        (directory / SPOOL_FILE).rename(directory / "ours")
+        with closing(sqlite3.connect(directory / SPOOL_FILE)) as connection:
+            connection.execute("PRAGMA user_version = 99")
+        await spool.look()  # finds that ours is gone
+        await spool.look()
+        assert (told[-1].cause, told[-1].error) == (SpoolCause.DISK, "SpoolError")
+        (directory / "ours").rename(directory / SPOOL_FILE)
+        await spool.look()
+        assert told[-1].cause is None
 
 
 async def test_a_commit_waits_for_the_disk(directory: Path) -> None:

@@ -204,7 +204,9 @@ async def _services(
         dsn = await database_url(settings, stack, log)
         spool = await _open_spool(settings, stack, _SpoolNews(metrics, health, log))
         applied = await migrate(
-            dsn, on_wait=lambda: log.warning("migration_waits", reason="another one runs")
+            dsn,
+            connect_timeout=settings.connect_timeout,
+            on_wait=lambda: log.warning("migration_waits", reason="another one runs"),
         )
         if applied:
             log.info("migrated", migrations=[f"{one.version:04d}_{one.name}" for one in applied])

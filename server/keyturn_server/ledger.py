@@ -189,6 +189,8 @@ class Settlement:
     """Of this very call: seen again, it is our own retry and no replay."""
     is_too_late: bool
     """Whether only a replay is answered."""
+    waited: timedelta = timedelta(0)
+    """How long ago it was acknowledged: that is when it counts from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +237,7 @@ class KeyUse:
     fingerprint: bytes
     submission_id: UUID
     is_too_late: bool
+    waited: timedelta = timedelta(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -245,7 +245,10 @@ async def serving(
 
 
 async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: Any) -> None:
-    """Run `sidecar` until SIGTERM or SIGINT; a second signal ends the process at once."""
+    """Run `sidecar` until SIGTERM or SIGINT; a second signal ends the process at once.
+
+    SIGINT stays ignored where we were started so, as a shell does with what it runs in the background.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     starting = asyncio.current_task()
@@ -258,7 +261,10 @@ async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: 
         if starting is not None:
             starting.cancel()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        numbers.append(signal.SIGINT)
+    for number in numbers:
         loop.add_signal_handler(number, on_signal, number)
     try:
         async with sidecar:
@@ -268,7 +274,7 @@ async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: 
         if not stop.is_set():
             raise
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in numbers:
             loop.remove_signal_handler(number)
 
 

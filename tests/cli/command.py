@@ -15,8 +15,8 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -86,6 +86,16 @@ async def _finished(arguments: Sequence[str], variables: dict[str, str], stdin: 
             await process.wait()
     check_text("stderr of a command", err.decode())
     return Finished(process.returncode or 0, out.decode(), err.decode())
+
+
+@contextmanager
+def sigint_ignored() -> Iterator[None]:
+    """What is started in the block ignores SIGINT from the first, as if a shell ran it in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @asynccontextmanager

@@ -7,21 +7,22 @@ away nobody waits for it: what waits or runs is ended, and whatever comes fails 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import asyncpg
 
 from keyturn_server.errors import KeyturnFault, RowLocked, StoreUnavailable
+from keyturn_server.store.patience import patience
 
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
     Connection = asyncpg.Connection[asyncpg.Record]
     PoolConnection = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
-
-T = TypeVar("T")
 
 WATCH_NAME = "keyturn watch"
 """How the watch's connection is called in pg_stat_activity."""
@@ -85,14 +86,23 @@ class Database:
     """A pool, made with `open_database`. Its methods raise `StoreUnavailable` and asyncpg's data errors."""
 
     def __init__(
-        self, pool: Pool, *, acquire_timeout: timedelta, on_unavailable: Callable[[str, str], None]
+        self,
+        pool: Pool,
+        made: WeakSet[Connection],
+        *,
+        acquire_timeout: timedelta,
+        on_unavailable: Callable[[str, str], None],
     ) -> None:
+        """`made` has the connections that the pool made."""
         self._pool = pool
+        self._made = made
         self._acquire_seconds = acquire_timeout.total_seconds()
         self._on_unavailable = on_unavailable
         self._waits: set[asyncio.Timeout] = set()
-        self._lent: set[PoolConnection] = set()
+        self._lent: dict[PoolConnection, int] = {}  # with the server's process
         self._is_away = False
+        self.heard_at = 0.0
+        """When a statement was answered last, by the loop's clock."""
         self.doubt = asyncio.Event()
         """Set when a statement found the server out of reach, for the watch to look after it."""
 
@@ -110,13 +120,14 @@ class Database:
         try:
             connection = await self._acquire()
             is_ours = True
-            self._lent.add(connection)
+            self._lent[connection] = connection.get_server_pid()
             try:
                 if self._is_away:  # it went in this very moment
                     raise StoreUnavailable
                 yield connection
+                self.heard_at = asyncio.get_running_loop().time()
             finally:
-                self._lent.discard(connection)
+                self._lent.pop(connection, None)
                 await self._pool.release(connection, timeout=self._acquire_seconds)
         except Exception as error:
             if isinstance(error, asyncpg.LockNotAvailableError):
@@ -161,6 +172,12 @@ class Database:
     async def renew(self) -> None:
         """Connections made so far are not used again: the server they lead to may be gone."""
         await self._pool.expire_connections()
+        # Those that nobody uses are ended here and now. The pool would end them in order once it is asked for
+        # the next one, in a task that nobody waits for; and such a server may say nothing.
+        lent = set(self._lent.values())
+        for connection in list(self._made):
+            if not connection.is_closed() and connection.get_server_pid() not in lent:
+                connection.terminate()
 
     async def fetch(self, sql: str, *arguments: Any) -> list[asyncpg.Record]:
         """The rows of one statement."""
@@ -178,12 +195,20 @@ class Database:
             return await connection.fetchval(sql, *arguments)
 
 
-async def _begin(connection: Connection) -> None:
+async def _connect_durably(made: WeakSet[Connection], *arguments: Any, **options: Any) -> Connection:
     """An acknowledged record is durable, whatever the role's or the database's default is."""
-    await connection.execute(
-        "SELECT set_config('synchronous_commit', 'on', false)"
-        " WHERE current_setting('synchronous_commit') = 'off'"
-    )
+    connection: Connection = await asyncpg.connect(*arguments, **options)
+    try:
+        await connection.execute(
+            "SELECT set_config('synchronous_commit', 'on', false)"
+            " WHERE current_setting('synchronous_commit') = 'off'"
+        )
+    except BaseException:
+        # The pool would close it in order, and wait for a server that says nothing.
+        connection.terminate()
+        raise
+    made.add(connection)
+    return connection
 
 
 async def _keep(connection: Connection) -> None:
@@ -196,10 +221,12 @@ class Watch:
 
     A connection that breaks, that says nothing for a while, or that is read-only proves little: another
     one is made, and what comes of that is the verdict. Where the server answers and does not let us in (too
-    many connections, another password), those that we have are asked: while they work, it is there.
+    many connections, another password), those that we have are asked: while they work, it is there. Nor is
+    it silent where it has answered a statement meanwhile.
 
     With a limit of 2 seconds silence is noticed within 2 seconds: up to 0.5 until it is asked again, and
     0.75 for each of the two. While the server is away a new connection may take the whole limit.
+    Where our own process comes too late to hear an answer it takes longer: see `patience`.
     """
 
     def __init__(
@@ -224,7 +251,7 @@ class Watch:
             self._database.doubt.clear()
             connection, error = await self._look()
             try:
-                await self._judge(error)
+                await self._judge(error, since=began)
                 if connection is not None and error is None:
                     await self._until_doubtful(connection)
             finally:
@@ -238,25 +265,35 @@ class Watch:
         limit = self._limit if self._database.is_away else self._limit * 3 / 8
         connection = None
         try:
-            connection = await _within(_connect(self._dsn), limit)
+            async with patience(limit):
+                connection = await _connect(self._dsn)
             is_read_only = await self._is_read_only(connection, limit)
         except Exception as error:  # whatever it is, the answer is to try again
             return connection, error
+        except BaseException:
+            if connection is not None:
+                connection.terminate()
+            raise
         return connection, asyncpg.ReadOnlySQLTransactionError() if is_read_only else None
 
-    async def _judge(self, error: Exception | None) -> None:
+    async def _judge(self, error: Exception | None, *, since: float) -> None:
         if error is None:
             if self._database.is_away:
                 await self._database.resume()
                 self._on_change(True, "", "")
-        elif not self._database.is_away and not (_is_refusal(error) and await self._others_work()):
+        elif not self._database.is_away and not await self._others_work(error, since):
             self._database.leave()
             self._on_change(False, type(error).__name__, getattr(error, "sqlstate", None) or "")
 
-    async def _others_work(self) -> bool:
+    async def _others_work(self, error: Exception, since: float) -> bool:
         """Whether the pool's connections do, though no new one can be made."""
+        if isinstance(error, TimeoutError):
+            return self._database.heard_at > since
+        if not _is_refusal(error):
+            return False
         try:
-            await _within(self._database.fetchval("SELECT 1"), self._limit)
+            async with patience(self._limit):
+                await self._database.fetchval("SELECT 1")
         except TimeoutError:  # all are in use
             return True
         except Exception:  # which has been told
@@ -282,8 +319,8 @@ class Watch:
             connection.remove_termination_listener(ended)
 
     async def _is_read_only(self, connection: Connection, limit: timedelta) -> bool:
-        asked = connection.fetchval("SELECT current_setting('transaction_read_only') = 'on'")
-        return bool(await _within(asked, limit, give_up=connection.terminate))
+        async with patience(limit, give_up=connection.terminate):
+            return bool(await connection.fetchval("SELECT current_setting('transaction_read_only') = 'on'"))
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -306,30 +343,6 @@ async def _is_set(event: asyncio.Event, *, within: timedelta) -> bool:
         return False
 
 
-async def _within(
-    work: Coroutine[Any, Any, T], limit: timedelta, *, give_up: Callable[[], object] | None = None
-) -> T:
-    """What `work` comes to. Raises TimeoutError after `limit`, and what it raises.
-
-    The limit is waited for bit by bit, so that a moment in which our own process stood still does not
-    count as the server's silence.
-    """
-    bits = 5
-    task = asyncio.ensure_future(work)
-    try:
-        for _ in range(bits):
-            await asyncio.wait((task,), timeout=limit.total_seconds() / bits)
-            if task.done():
-                return task.result()
-        raise TimeoutError
-    finally:
-        if not task.done():
-            (give_up or task.cancel)()
-            await asyncio.wait((task,))
-            if not task.cancelled():
-                task.exception()  # we have given it up
-
-
 @asynccontextmanager
 async def open_database(
     dsn: str,
@@ -349,15 +362,19 @@ async def open_database(
     server does not want it (wrong password, no such database).
     """
     statement_seconds = statement_timeout.total_seconds()
+    made: WeakSet[Connection] = WeakSet()
     try:
         pool = await asyncpg.create_pool(
             dsn,
-            min_size=1,
+            # One to see that we are let in. None is kept up in the background: the watch looks after the
+            # server, and says so.
+            init_size=1,
+            min_size=0,
             max_size=connections,
             timeout=connect_timeout.total_seconds(),
             # The server gives up first, and says so; ours is for a server that says nothing.
             command_timeout=statement_seconds + 1,
-            init=_begin,
+            connect=partial(_connect_durably, made),
             reset=_keep,
             server_settings={
                 "application_name": "keyturn",
@@ -372,7 +389,7 @@ async def open_database(
     except Exception as error:
         raise fault_of(error) from None
     try:
-        yield Database(pool, acquire_timeout=connect_timeout, on_unavailable=on_unavailable)
+        yield Database(pool, made, acquire_timeout=connect_timeout, on_unavailable=on_unavailable)
     finally:
         try:
             async with asyncio.timeout(connect_timeout.total_seconds()):

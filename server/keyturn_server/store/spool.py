@@ -13,7 +13,7 @@ import errno
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,6 +26,7 @@ from uuid import UUID
 from keyturn_server.errors import KeyturnFault, SpoolCause, SpoolUnavailable
 from keyturn_server.grouping import Group
 from keyturn_server.private_files import locked, make_private
+from keyturn_server.store.patience import patience
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ _MOST_QUEUED = 16 * _MOST_IN_A_GROUP
 _ROW_BYTES = 256  # about what a record takes beside its body, its places in the indexes among it
 _LARGEST_BYTES = 16 * 1024  # more than any record
 _BUSY_SECONDS = 1.0  # how long a command that looks in may hold us up
-_LIMIT_SECONDS = 5.0  # how long a record may wait for the disk
+_LIMIT = timedelta(seconds=5)  # how long a record may wait for the disk
 _PULSE_INTERVAL = timedelta(seconds=5)
 _PULSE_INTERVAL_UNWELL = timedelta(seconds=1)
 # The file is not ours, or not whole: no waiting helps.
@@ -183,12 +184,7 @@ class Spool:
 
         Raises `SpoolUnavailable`, and `Overloaded` when too many wait.
         """
-        try:
-            async with asyncio.timeout(_LIMIT_SECONDS):
-                kept = await self._puts.submit(record)
-        except TimeoutError:
-            self._tell(SpoolCause.DISK, "TIMEOUT")
-            raise SpoolUnavailable(SpoolCause.DISK) from None
+        kept = await self._in_time(self._puts.submit(record))
         if isinstance(kept, SpoolUnavailable):
             raise kept
         return kept
@@ -197,7 +193,7 @@ class Spool:
         """The record by this id, waiting or set aside. Without one in the spool it costs nothing."""
         if record_id.bytes not in self._ids:
             return None
-        return await self._run(lambda connection: _find(connection, record_id))
+        return await self._in_time(self._run(lambda connection: _find(connection, record_id)))
 
     async def read(self, *, after: int, at_most: int) -> list[Kept]:
         """The next records that wait, in the order in which they came."""
@@ -301,6 +297,15 @@ class Spool:
     def _has_room(self, count: int, used_bytes: int) -> bool:
         return count < self._max_records and used_bytes + _LARGEST_BYTES <= self._max_bytes
 
+    async def _in_time(self, work: Awaitable[T]) -> T:
+        """What `work` comes to, for a caller who does not wait for a disk that hangs."""
+        try:
+            async with patience(_LIMIT):
+                return await work
+        except TimeoutError:
+            self._tell(SpoolCause.DISK, "TIMEOUT")
+            raise SpoolUnavailable(SpoolCause.DISK) from None
+
     async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """What `work` comes to in the thread; whatever is wrong with the disk is `SpoolUnavailable`."""
 
@@ -313,7 +318,8 @@ class Spool:
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, run)
-        except (sqlite3.Error, OSError) as error:
+        # `SpoolError` where somebody has put another file there.
+        except (sqlite3.Error, OSError, SpoolError) as error:
             self._tell(SpoolCause.DISK, _name_of(error))
             raise SpoolUnavailable(SpoolCause.DISK) from error
 

@@ -235,11 +235,12 @@ class Drain:
             record = decode(row.body)
         except (ValueError, KeyError, TypeError, AttributeError):
             return "unreadable"
+        waited = max(self._clock() - row.taken_at, timedelta(0))
         try:
             if isinstance(record, Settlement):
-                await self._ledger.settle(record)
+                await self._ledger.settle(replace(record, waited=waited))
             else:
-                await self._ledger.record_key_use(self._rested(record, row.taken_at))
+                await self._ledger.record_key_use(_rested(replace(record, waited=waited)))
         except asyncpg.DataError:
             return "bad_value"
         except asyncpg.IntegrityConstraintViolationError:
@@ -248,12 +249,12 @@ class Drain:
             return _VERDICTS.get(type(error), error)
         return None
 
-    def _rested(self, use: KeyUse, taken_at: datetime) -> KeyUse:
-        """The use, with what is left of its key's rest: that began when it was taken."""
-        if use.cooldown is None:
-            return use
-        rested = max(self._clock() - taken_at, timedelta(0))
-        return replace(use, cooldown=use.cooldown - rested if rested < use.cooldown else None)
+
+def _rested(use: KeyUse) -> KeyUse:
+    """The use, with what is left of its key's rest: that began when it was taken."""
+    if use.cooldown is None:
+        return use
+    return replace(use, cooldown=use.cooldown - use.waited if use.waited < use.cooldown else None)
 
 
 # -- how a record is written down ----------------------------------------------------------------------
