@@ -138,6 +138,8 @@ class Supervisor:
             os.close(ours)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             code = child.work(lambda line: _report(theirs, line))
+        except Exception:
+            self._log.exception("crashed", **child.facts)
         finally:
             # Whatever this process has been in the middle of is its parent's.
             if sys.stderr is not None:

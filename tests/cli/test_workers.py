@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import socket
@@ -20,10 +21,12 @@ import pytest
 from keyturn import AsyncClient, Outcome
 from keyturn.v1 import flag_service_pb2, flag_service_pb2_grpc, policy_pb2, routing_service_pb2_grpc
 from keyturn.v1 import routing_service_pb2 as pb
+from keyturn_server.app import worker
 from tests.cli.command import Finished, Served, free_port, inside, keyturn, serving, started
 from tests.factories import Connection, Factory
 from tests.proxy import Proxy
-from tests.support import MASTER_KEY, eventually, temporary_directory
+from tests.support import MASTER_KEY, eventually, in_own_task, log_into, make_settings, temporary_directory
+from tests.test_access import files, token_of, write
 
 LOOPBACK = "--insecure-loopback"
 OTHER_KEY = "b7e151628aed2a6abf7158809cf4f3c762e7160f38b4da56a784d9045190cfef"
@@ -184,9 +187,10 @@ async def test_sigterm_drains_all_workers(database: str, make: Factory, sql: Con
             database=database,
             KEYTURN_STATEMENT_TIMEOUT="PT5M",
             KEYTURN_DRAIN_TIMEOUT="PT5M",
-        ) as (served, _):
+        ) as (served, pids):
             async with channels(served, 8) as over_tcp, channels(served, 8, index=1) as over_unix:
                 opened = [*over_tcp, *over_unix]
+                assert [os.getsid(pid) for pid in pids] == pids, "Ctrl-C is for the supervisor alone"
                 for channel in opened:
                     await asyncio.wait_for(channel.channel_ready(), 30)
                 async with sql.transaction():
@@ -260,6 +264,21 @@ async def test_without_their_supervisor_no_worker_and_no_database_is_left() -> N
                 served.signal(signal.SIGKILL)
                 assert await served.end() == -signal.SIGKILL
                 await gone(pids)
+
+
+async def test_without_the_process_of_the_embedded_database_the_others_are_drained_and_it_ends() -> None:
+    async with temporary_directory() as directory:
+        places = ("--embedded", str(directory / "pg"), "--listen", f"unix:{directory}/run/s")
+        variables = {"ENCRYPTION_KEY": MASTER_KEY, "KEYTURN_WORKERS": "2"}
+        async with serving(directory, *places, **variables) as served:
+            pids = children(served.process.pid)
+            (postgres,) = (pid for pid in pids if children(pid))
+            pids += children(postgres)
+            os.kill(postgres, signal.SIGKILL)
+            assert await served.end() == 1
+            await gone(pids)
+        assert served.event("process_ended", process="postgres", status=-9) is not None
+        assert len([one for one in served.events if one["event"] == "stopped"]) == 2
 
 
 async def refuse(database: str, *arguments: str, **variables: str) -> Finished:
@@ -336,6 +355,51 @@ async def test_what_keeps_workers_from_their_start_is_said_once_and_ends_all(
         finished = await keyturn("serve", *listen, "--workers", "0", KEYTURN_DATABASE_URL=database)
         assert finished.code == 1
         assert "KEYTURN_WORKERS" in finished.err
+
+
+async def test_they_answer_on_tcp_with_tls(database: str) -> None:
+    async with files() as directory:
+        tls = ("--tls-cert", f"{directory}/cert.pem", "--tls-key", f"{directory}/key.pem")
+        options = (*tls, "--access-file", f"{directory}/access.toml", "--workers", "2")
+        token = write(directory / "token", token_of("viewer") + "\n")
+        async with serving(
+            directory, "--listen", "0.0.0.0:0", *options, KEYTURN_DATABASE_URL=database
+        ) as served:
+            address = f"127.0.0.1:{served.addresses[0].rpartition(':')[2]}"
+            caller = ("--ca", f"{directory}/ca.pem", "--token-file", str(token), "--address", address)
+            for finished in await asyncio.gather(*(keyturn("health", *caller) for _ in range(4))):
+                assert (finished.code, finished.out) == (0, "SERVING\n"), finished.err
+            served.signal(signal.SIGTERM)
+            assert await served.end() == 0
+
+
+async def test_connections_that_have_become_old_are_made_anew_and_no_call_fails(
+    database: str, make: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user, port = await make.user(micros=1_000_000), free_port()
+    age = ("grpc.max_connection_age_ms", 100)
+    monkeypatch.setattr("keyturn_server.serving._SHARED", (("grpc.so_reuseport", 1), age))
+    settings = make_settings(database, f"127.0.0.1:{port}", insecure_loopback=True)
+    log = io.StringIO()
+    async with (
+        in_own_task(worker(settings, page=None, log=log_into(log), audit=log)) as (address,),
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        states: list[grpc.ChannelConnectivity] = []
+
+        async def watch() -> None:
+            state = channel.get_state()
+            while True:
+                states.append(state)
+                await channel.wait_for_state_change(state)
+                state = channel.get_state()
+
+        watching = asyncio.create_task(watch())
+        # Until it has been connected anew several times; each call is made once, by us at least.
+        while states.count(grpc.ChannelConnectivity.READY) < 5:
+            calls = [routing(channel).Decide(ask(user, cost_micros=1), timeout=30) for _ in range(10)]
+            await asyncio.gather(*calls)
+        watching.cancel()
 
 
 async def test_a_signal_while_they_start_ends_them(database: str, sql: Connection) -> None:
