@@ -29,7 +29,7 @@ class Relay:
 
     @contextmanager
     def accepting(self, listeners: Sequence[socket.socket], targets: Sequence[Path]) -> Iterator[None]:
-        """Take connections from each listener for its target, for the length of the block."""
+        """Take connections from each listener for its target, for the length of the block, and close it."""
         loop = asyncio.get_running_loop()
         waiting: dict[int, asyncio.TimerHandle] = {}
 
@@ -61,6 +61,7 @@ class Relay:
                 timer.cancel()
             for listener in listeners:
                 loop.remove_reader(listener.fileno())
+                listener.close()
 
     async def _connect(self, connection: socket.socket, target: Path) -> None:
         """Join one connection with one of our own to the target."""

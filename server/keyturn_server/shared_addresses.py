@@ -43,6 +43,11 @@ class SharedAddresses:
             Path(address.removeprefix("unix:")) for address in self.addresses if address.startswith("unix:")
         )
 
+    def turn_away(self) -> None:
+        """From now on who comes to a Unix socket hears at once that nobody is there."""
+        for path, listener in zip(self.paths, self.listeners, strict=True):
+            _take_away(path, listener)
+
 
 @contextmanager
 def shared(addresses: Sequence[str]) -> Iterator[SharedAddresses]:
@@ -117,5 +122,11 @@ def _listening(path: Path) -> Iterator[socket.socket]:
         try:
             yield listener
         finally:
-            with suppress(OSError):
-                path.unlink()
+            _take_away(path, listener)
+
+
+def _take_away(path: Path, listener: socket.socket) -> None:
+    if listener.fileno() >= 0:
+        with suppress(OSError):
+            path.unlink()
+        listener.close()

@@ -55,15 +55,17 @@ class _Child:
 
 
 class Supervisor:
-    """`with Supervisor(log) as supervisor:`, then `start` and `watch`; afterwards there is the exit `code`.
+    """`with Supervisor(log, …) as one:`, then `start` and `watch`; afterwards there is the exit `code`.
 
     A SIGTERM or SIGINT ends the block quietly, and so does a process that cannot start, or a vital one that
     ends. At the end of the block all processes are told to end, the vital ones last, and are waited for; a
     second signal ends them, and this process, at once. If this process is killed the kernel kills them.
     """
 
-    def __init__(self, log: Any) -> None:
+    def __init__(self, log: Any, *, on_end: Callable[[], None]) -> None:
+        """`on_end` is called before the processes are told to end."""
         self._log = log
+        self._on_end = on_end
         self._children: list[_Child] = []
         self._is_signalled = False
         self.code = 0
@@ -78,6 +80,7 @@ class Supervisor:
         if isinstance(error, _Ending):
             self.code = error.code
         try:
+            self._on_end()
             for is_vital in (False, True):
                 self._end([child for child in self._children if child.is_vital is is_vital])
         finally:

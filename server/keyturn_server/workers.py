@@ -55,7 +55,7 @@ def run_workers(settings: Settings, *, on_fault: OnFault) -> int:
         pages = _pages(settings, stack)
         turns = os.memfd_create("log")
         stack.callback(os.close, turns)
-        supervisor = stack.enter_context(Supervisor(log))
+        supervisor = stack.enter_context(Supervisor(log, on_end=addresses.turn_away))
 
         def start(run: Callable[[Report], AbstractAsyncContextManager[object]], **facts: Any) -> str:
             work = partial(_work, run, facts=facts, level=settings.log_level, turns=turns, on_fault=on_fault)

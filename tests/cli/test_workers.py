@@ -210,6 +210,11 @@ async def test_sigterm_drains_all_workers(database: str, make: Factory, sql: Con
                         return len([one for one in served.events if one["event"] == "draining"]) == 2
 
                     await eventually(both_drain)
+                    for index in range(2):
+                        async with served.channel(index) as late:
+                            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                                await routing(late).Decide(ask(user), timeout=60)
+                            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
                 answers = await asyncio.gather(*slow)
             assert all(answer.HasField("ticket") for answer in answers)
             assert await served.end() == 0
@@ -247,13 +252,14 @@ async def test_without_their_supervisor_no_worker_and_no_database_is_left() -> N
     async with temporary_directory() as directory:
         places = ("--embedded", str(directory / "pg"), "--listen", f"unix:{directory}/run/s")
         variables = {"ENCRYPTION_KEY": MASTER_KEY, "KEYTURN_WORKERS": "2"}
+        variables |= {"KEYTURN_DATABASE_CONNECTIONS": "25"}
         users: list[str] = []
         for _ in range(2):  # and the next one goes on where it was
             async with serving(directory, *places, **variables) as served, served.channel() as channel:
                 async with inside(directory) as connection:
                     users.append(await Factory(connection).user(micros=1_000))
-                    # Two pools, and what each has beside.
-                    assert int(await connection.fetchval("SHOW max_connections")) >= 20
+                    # Two pools, two connections beside each, and some for others.
+                    assert await connection.fetchval("SHOW max_connections") == "64"
                 for user in users:
                     assert (await routing(channel).Decide(ask(user, cost_micros=1), timeout=30)).HasField(
                         "ticket"
