@@ -23,8 +23,6 @@ Work = Callable[[Report], int]
 """What a process does: it reports a line once it is up, and comes to an exit code."""
 
 _PR_SET_PDEATHSIG: Final = 1
-_STOPPING: Final = frozenset({signal.SIGTERM, signal.SIGINT})
-_TAKEN: Final = _STOPPING | {signal.SIGCHLD}
 _LOOK: Final = timedelta(milliseconds=10)  # how often a start is looked after
 _FIRST_PAUSE: Final = timedelta(milliseconds=100)  # before a restart; doubles up to the last
 _LAST_PAUSE: Final = timedelta(seconds=15)
@@ -71,7 +69,12 @@ class Supervisor:
         self.code = 0
 
     def __enter__(self) -> Self:
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN)
+        self._stopping = {signal.SIGTERM}
+        # A shell has what it runs in the background ignore SIGINT; a blocked one would come all the same.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._stopping.add(signal.SIGINT)
+        self._taken = {*self._stopping, signal.SIGCHLD}
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._taken)
         return self
 
     def __exit__(
@@ -152,12 +155,12 @@ class Supervisor:
     def _wait(self, limit: timedelta | None) -> None:
         """Until a signal comes, or so long. Raises `_Ending` when it says so."""
         if limit is None:
-            taken = signal.sigwaitinfo(_TAKEN)
-        elif (timed := signal.sigtimedwait(_TAKEN, limit.total_seconds())) is not None:
+            taken = signal.sigwaitinfo(self._taken)
+        elif (timed := signal.sigtimedwait(self._taken, limit.total_seconds())) is not None:
             taken = timed
         else:
             return
-        if taken.si_signo not in _STOPPING:
+        if taken.si_signo not in self._stopping:
             return
         if self._is_signalled:
             os._exit(128 + taken.si_signo)

@@ -248,6 +248,23 @@ async def event(served: Served, name: str, **facts: Any) -> dict[str, Any] | Non
     return served.event(name, **facts)
 
 
+async def test_a_signal_that_a_shell_has_it_ignore_is_ignored(database: str) -> None:
+    async with temporary_directory() as directory:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which those that are started inherit
+        try:
+            async with workers(directory, "--listen", f"unix:{directory}/run/s", database=database) as (
+                served,
+                pids,
+            ):
+                served.signal(signal.SIGINT)
+                os.kill(pids[0], signal.SIGKILL)
+                # It goes on with its work.
+                await eventually(lambda: event(served, "process_restarted"))
+                assert served.event("signalled") is None
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
 async def test_without_their_supervisor_no_worker_and_no_database_is_left() -> None:
     async with temporary_directory() as directory:
         places = ("--embedded", str(directory / "pg"), "--listen", f"unix:{directory}/run/s")

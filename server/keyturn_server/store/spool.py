@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -230,19 +231,17 @@ class Spool:
         """
         taken = f"{directory}: a sidecar has its spool there."
         with locked(directory / _LOCK_FILE, taken=taken, fault=SpoolError):
-            moved, left = await self._run(lambda connection: self._move_all(connection, directory))
+            moved, seen, after = 0, 0, 0
+            while batch := await asyncio.to_thread(_read_any, directory, after):
+                here = await self._run(partial(self._keep, batch))
+                await asyncio.to_thread(_remove, directory, here)
+                moved, seen, after = moved + len(here), seen + len(batch), batch[-1].seq
         await self.look()
-        return moved, left
-
-    def _move_all(self, connection: sqlite3.Connection, directory: Path) -> tuple[int, int]:
-        moved, seen, after = 0, 0, 0
-        while batch := _read_any(directory, after):
-            moved += self._move(connection, directory, batch)
-            seen, after = seen + len(batch), batch[-1].seq
         return moved, seen - moved
 
-    def _move(self, connection: sqlite3.Connection, directory: Path, records: Sequence[Kept]) -> int:
-        moved: list[Kept] = []
+    def _keep(self, records: Sequence[Kept], connection: sqlite3.Connection) -> list[Kept]:
+        """Those of another spool's records that are here now."""
+        here: list[Kept] = []
         used_bytes, count = _used_bytes(connection), _count(connection)
         with _transaction(connection):
             for record in records:
@@ -250,12 +249,10 @@ class Spool:
                 if found is None and self._has_room(count, used_bytes):
                     connection.execute(_INSERT, _row(record))
                     used_bytes, count = used_bytes + len(record.body) + _ROW_BYTES, count + 1
-                    moved.append(record)
+                    here.append(record)
                 elif found is not None and found.fingerprint == record.fingerprint:
-                    moved.append(record)
-        with _visiting(directory) as theirs, _transaction(theirs):
-            theirs.executemany(_REMOVE, [(one.seq,) for one in moved])
-        return len(moved)
+                    here.append(record)
+        return here
 
     async def look(self) -> None:
         """Find out how much there is, and whether the disk takes anything."""
@@ -422,6 +419,11 @@ def _read_any(directory: Path, after: int) -> list[Kept]:
     with _visiting(directory) as connection:
         rows = connection.execute(_READ_ANY, (after, _MOST_IN_A_GROUP))
         return [_kept(row) for row in rows]
+
+
+def _remove(directory: Path, records: Sequence[Kept]) -> None:
+    with _visiting(directory) as connection, _transaction(connection):
+        connection.executemany(_REMOVE, [(one.seq,) for one in records])
 
 
 def drop(directory: Path, record_ids: Sequence[UUID]) -> int:
