@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ from keyturn_server.keys.provider_checks import KeyCheck, ProviderChecks, open_p
 from keyturn_server.keys.tokens import TokenSealer
 from keyturn_server.ledger import KeyUse, Outcome
 from keyturn_server.metrics import Metrics
+from keyturn_server.metrics_page import MetricsPage
 from keyturn_server.prices import PriceBook
 from keyturn_server.profiles import Profile, StoredKey
 from keyturn_server.rate_limits import RateLimits, WindowStorage
@@ -43,7 +45,7 @@ from keyturn_server.rpc.pages import Pages
 from keyturn_server.rpc.report_service import ReportService
 from keyturn_server.rpc.routing_service import RoutingService
 from keyturn_server.rpc.user_service import UserService
-from keyturn_server.serving import Admission, Health, Limits, Services, claimed, serving
+from keyturn_server.serving import Admission, Health, Limits, Services, checked, claimed, serving
 from keyturn_server.settings import Settings
 from keyturn_server.simulation import Simulator
 from keyturn_server.store.credits import Books
@@ -57,7 +59,7 @@ from keyturn_server.store.redemptions import Redemptions
 from keyturn_server.store.reports import Reports
 from keyturn_server.store.settings import load_configuration, load_token_roots
 from keyturn_server.store.simulation import RequestLog
-from keyturn_server.store.spool import Kept, Spool, SpoolState, open_spool
+from keyturn_server.store.spool import Kept, Spool, SpoolState, open_spool, workers_in
 from keyturn_server.store.spooling import Drain, SpoolingBooks
 from keyturn_server.store.user_keys import UserKeyRows
 from keyturn_server.tls import watched_tls
@@ -162,32 +164,79 @@ async def sidecar(
     The addresses come back as they are listened on. At the end of the block it drains: calls in
     flight are finished, what the ledger has queued is carried out, everything is closed. Raises
     `AddressError`, `AccessFileError`, `TlsError`, `UnreadableFile`, `KeyringError`, `WrongMasterKey`,
-    `NoDatabase`, `DatabaseRefused`, `MigrationError`, `EmbeddedPostgresError`, `SpoolError` and
-    `StoreUnavailable`.
+    `NoDatabase`, `DatabaseRefused`, `MigrationError`, `EmbeddedPostgresError`, `SpoolError`,
+    `MetricsAddressError` and `StoreUnavailable`.
     """
+    check_database(settings)
+    admission = admission_of(settings)
+    page = None if settings.metrics is None else MetricsPage.at(settings.metrics)
+    with claimed(addresses_of(settings), admission) as addresses:
+        async with _serving(
+            settings, admission, addresses, page, shares_ports=False, log=log, audit=audit
+        ) as bound:
+            yield bound
+
+
+@asynccontextmanager
+async def worker(
+    settings: Settings, *, page: MetricsPage | None, log: Any, audit: Sink
+) -> AsyncIterator[tuple[str, ...]]:
+    """The same for one of several processes that share the TCP ports of `settings`. Somebody else claims the
+    addresses for all of them."""
+    admission = admission_of(settings)
+    addresses = checked(addresses_of(settings), admission)
+    async with _serving(
+        settings, admission, addresses, page, shares_ports=True, log=log, audit=audit
+    ) as bound:
+        yield bound
+
+
+def check_database(settings: Settings) -> None:
+    """Raises `NoDatabase` unless there is one."""
     if (settings.database_url is None) == (settings.embedded is None):
         raise NoDatabase
-    addresses = settings.listen or (f"unix:{default_socket()}",)
-    admission = Admission(
+
+
+def addresses_of(settings: Settings) -> tuple[str, ...]:
+    """Where to listen."""
+    return settings.listen or (f"unix:{default_socket()}",)
+
+
+def admission_of(settings: Settings) -> Admission:
+    """How callers may come in. Raises `AccessFileError`, `TlsError` and `UnreadableFile`."""
+    return Admission(
         insecure_loopback=settings.insecure_loopback,
         callers=_watched_callers(settings),
         tls=watched_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca),
     )
-    with claimed(addresses, admission) as checked:
-        async with (
-            _services(settings, admission, log=log, sink=audit or sys.stderr) as services,
-            serving(
-                services,
-                checked,
-                tls=admission.tls,
-                with_reflection=settings.reflection,
-                metrics_address=settings.metrics,
-                limits=Limits(first_words=settings.receive_timeout, idle=settings.idle_timeout),
-                drain_timeout=settings.drain_timeout,
-                log=log,
-            ) as bound,
-        ):
-            yield bound
+
+
+@asynccontextmanager
+async def _serving(
+    settings: Settings,
+    admission: Admission,
+    addresses: tuple[str, ...],
+    page: MetricsPage | None,
+    *,
+    shares_ports: bool,
+    log: Any,
+    audit: Sink | None,
+) -> AsyncIterator[tuple[str, ...]]:
+    async with (
+        _services(settings, admission, log=log, sink=audit or sys.stderr) as services,
+        serving(
+            services,
+            addresses,
+            tls=admission.tls,
+            with_reflection=settings.reflection,
+            metrics_page=page,
+            shares_ports=shares_ports,
+            limits=Limits(first_words=settings.receive_timeout, idle=settings.idle_timeout),
+            drain_timeout=settings.drain_timeout,
+            log=log,
+        ) as bound,
+    ):
+        yield bound
 
 
 @asynccontextmanager
@@ -342,7 +391,25 @@ async def _open_spool(settings: Settings, stack: AsyncExitStack, news: _SpoolNew
         )
     )
     news.log.info("spool_on", directory=str(directory), waiting=spool.figures.waiting)
+    await _take_over(spool, directory, settings.workers, news.log)
     return spool
+
+
+async def _take_over(spool: Spool, directory: Path, workers: int, log: Any) -> None:
+    """What waits in the spools of workers that there are no more is ours."""
+    for worker, theirs in workers_in(directory).items():
+        if worker < workers:
+            continue
+        try:
+            records, left = await spool.take_over(theirs)
+        except KeyturnFault as error:
+            # It is tried again at the next start.
+            log.error("spool_left", directory=str(theirs), reason=str(error))
+            continue
+        if records:
+            log.info("spool_taken_over", directory=str(theirs), records=records)
+        if left:
+            log.error("spool_left", directory=str(theirs), reason=f"{left} records have no place here yet")
 
 
 def _spooling(ledger: Ledger, spool: Spool, sealer: TokenSealer, metrics: Metrics) -> SpoolingBooks:

@@ -18,11 +18,11 @@ import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
-from prometheus_client import start_http_server
 
 from keyturn_server.access_file import Callers
 from keyturn_server.errors import KeyturnFault
 from keyturn_server.metrics import Metrics
+from keyturn_server.metrics_page import MetricsPage
 from keyturn_server.private_files import locked, make_private
 from keyturn_server.rpc.accepting import AcceptingServer
 from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Context, Guard, Service
@@ -47,8 +47,17 @@ _KEEPALIVE_TIMEOUT = timedelta(seconds=20)
 _MOST_PENDING = 16_384
 
 # One server an address: with SO_REUSEPORT a second one would silently take half of the calls.
+_ALONE = (("grpc.so_reuseport", 0),)
+
+# The kernel spreads connections among workers, and those of a worker that died stay with the others: so
+# clients are told to connect again now and then, once what they have begun is done.
+_CONNECTION_AGE = timedelta(minutes=10)
+_SHARED = (
+    ("grpc.so_reuseport", 1),
+    ("grpc.max_connection_age_ms", _CONNECTION_AGE // timedelta(milliseconds=1)),
+)
+
 _OPTIONS = (
-    ("grpc.so_reuseport", 0),
     # A little above the limit of our own, which answers with details.
     ("grpc.max_receive_message_length", MAX_BATCH_BYTES + 64 * 1024),
     ("grpc.max_metadata_size", 16 * 1024),
@@ -175,22 +184,27 @@ class Admission:
         return self.tls is not None and self.tls.value.client_ca is not None
 
 
+def checked(addresses: Sequence[str], admission: Admission) -> tuple[str, ...]:
+    """The addresses as gRPC takes them, if all of them may be listened on. Raises `AddressError`."""
+    return tuple(_check(address, admission) for address in addresses)
+
+
 @contextlib.contextmanager
 def claimed(addresses: Sequence[str], admission: Admission) -> Iterator[tuple[str, ...]]:
-    """The addresses, checked, and the Unix sockets among them locked for this process.
+    """The addresses, `checked`, and the Unix sockets among them locked for this process.
 
     Done before anything else, so that a second sidecar fails before it touches the database. Raises
     `AddressError`.
     """
-    checked = tuple(_check(address, admission) for address in addresses)
+    ours = checked(addresses, admission)
     with contextlib.ExitStack() as stack:
-        for address in checked:
+        for address in ours:
             if address.startswith("unix:"):
                 # gRPC would take a socket over from a running server.
                 lock = Path(f"{address.removeprefix('unix:')}.lock")
                 taken = f"{address}: another server listens there."
                 stack.enter_context(locked(lock, taken=taken, fault=AddressError))
-        yield checked
+        yield ours
 
 
 @asynccontextmanager
@@ -200,17 +214,20 @@ async def serving(
     *,
     tls: Watched[TlsFiles] | None,
     with_reflection: bool,
-    metrics_address: str | None,
+    metrics_page: MetricsPage | None,
+    shares_ports: bool,
     limits: Limits,
     drain_timeout: timedelta,
     log: Any,
 ) -> AsyncIterator[tuple[str, ...]]:
     """Answers on addresses that are `claimed` for the length of the block, then drains.
 
+    With `shares_ports` other processes may listen on the same TCP ports, and take a part of the connections.
+
     The addresses come back as they are listened on: a port of 0 as the port it became. Raises
     `AddressError`.
     """
-    server = AcceptingServer((*_OPTIONS, *limits.options))
+    server = AcceptingServer((*_OPTIONS, *(_SHARED if shares_ports else _ALONE), *limits.options))
     names = tuple(service.name for service in services.services)
     foreign = _Foreign()
     health_pb2_grpc.add_HealthServicer_to_server(services.health, foreign)
@@ -226,8 +243,8 @@ async def serving(
     server.add_generic_rpc_handlers([guard.rest()])
     with contextlib.ExitStack() as stack:
         bound = tuple([_bind(server, address, tls) for address in addresses])
-        if metrics_address is not None:
-            _serve_metrics(metrics_address, services.metrics, stack)
+        if metrics_page is not None:
+            stack.enter_context(metrics_page.served(services.metrics.registry))
         for name in ("", *names):
             services.health.report(name, well=True)
         await server.start()
@@ -398,16 +415,3 @@ def _certificates(tls: TlsFiles) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration(
         [(tls.private_key, tls.certificate_chain)], root_certificates=tls.client_ca
     )
-
-
-def _serve_metrics(address: str, metrics: Metrics, stack: contextlib.ExitStack) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise AddressError(f"{address!r} is no address for metrics: give host:port.")
-    try:
-        server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=metrics.registry)
-    except OSError as error:
-        raise AddressError(f"{address}: cannot be listened on for metrics: {error.strerror}.") from None
-    stack.callback(thread.join)
-    stack.callback(server.server_close)
-    stack.callback(server.shutdown)

@@ -56,6 +56,8 @@ class Settings(BaseSettings):
     """A directory for an embedded PostgreSQL, instead of `database_url`."""
     listen: Annotated[tuple[str, ...], NoDecode] = ()
     """Addresses, `unix:PATH` or `host:port`, comma-separated. Empty: the default Unix socket."""
+    workers: int = Field(default=1, ge=1, le=64)
+    """How many processes share the addresses."""
     reflection: bool = False
     insecure_loopback: bool = False
     socket_roles: Annotated[frozenset[Role], NoDecode] = Field(default=ALL_ROLES, min_length=1)

@@ -39,11 +39,12 @@ class Effort:
     """The generator's own."""
     directory: Path
     """For the files that the generators read and write."""
+    most_connections: int = _MOST_CONNECTIONS
 
     @property
     def connections(self) -> int:
         """As many as a few gateway processes would have."""
-        return min(_MOST_CONNECTIONS, self.concurrency)
+        return min(self.most_connections, self.concurrency)
 
     @property
     def warm_up_seconds(self) -> float:

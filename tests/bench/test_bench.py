@@ -53,3 +53,17 @@ async def test_the_bench_of_simulations_prints_its_figures() -> None:
         "credits, meanwhile: ",
     ):
         assert figure in printed
+
+
+async def test_the_bench_of_workers_prints_its_figures() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.bench.workers"),
+        *("--workers=2", "--seconds=0.3", "--rounds=1", "--users=10"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    printed = output.decode()
+    assert process.returncode == 0, printed
+    for row in ("TCP, 1 ", "TCP, 2 ", "Unix, 1 ", "Unix, 2 "):
+        assert f"\n{row}" in printed

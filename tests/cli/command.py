@@ -225,9 +225,10 @@ class Served:
         """Lines of its log that are not JSON."""
         return [line for line in self.text.splitlines() if not line.startswith("{")]
 
-    def event(self, name: str) -> dict[str, Any] | None:
-        """The first event of that name, if there is one yet."""
-        return next((event for event in self.events if event["event"] == name), None)
+    def event(self, name: str, **facts: Any) -> dict[str, Any] | None:
+        """The first event of that name and with those facts, if there is one yet."""
+        found = (event for event in self.events if event["event"] == name)
+        return next((event for event in found if facts.items() <= event.items()), None)
 
     def channel(self, index: int = 0) -> grpc.aio.Channel:
         """A connection of its own to one of the addresses."""
@@ -268,7 +269,11 @@ async def serving(directory: Path, *arguments: str, **variables: str) -> AsyncIt
 
         async def serves() -> dict[str, Any] | None:
             assert served.process.returncode is None, f"it ended: {served.text}"
-            return served.event("serving")
+            # Each of several workers has such a line, before the supervisor has one for all of them.
+            return next(
+                (event for event in served.events if event["event"] == "serving" and "worker" not in event),
+                None,
+            )
 
         served.addresses = (await eventually(serves, seconds=_LIMIT_SECONDS))["addresses"]
         yield served

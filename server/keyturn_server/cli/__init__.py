@@ -76,7 +76,7 @@ def _run() -> ExitCode:
     except Ended as ending:
         return _end(ending)
     except Exception as error:
-        return _fault(error)
+        return fault(error)
     return ended if isinstance(ended, ExitCode) else ExitCode.DONE
 
 
@@ -96,7 +96,7 @@ def _end(ending: Ended) -> ExitCode:
     return ending.code
 
 
-def _fault(error: Exception) -> ExitCode:
+def fault(error: Exception) -> ExitCode:
     """Says what a fault means. A defect goes through the log and its scrubber: a trace may quote what
     must not be shown."""
     from keyturn_server.errors import KeyturnFault, StoreUnavailable

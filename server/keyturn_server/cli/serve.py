@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +10,12 @@ import uvloop
 from cyclopts import Parameter
 
 from keyturn_server.app import sidecar
+from keyturn_server.cli import fault
 from keyturn_server.dumps import forbid_dumps
 from keyturn_server.logs import get_log, logging_apart
 from keyturn_server.serving import until_signalled
 from keyturn_server.settings import forget_secrets, read_settings, refuse_leaks
+from keyturn_server.workers import run_workers
 
 
 def serve(
@@ -20,6 +23,7 @@ def serve(
     listen: Annotated[list[str] | None, Parameter(negative="")] = None,
     embedded: Path | None = None,
     spool: Path | None = None,
+    workers: int | None = None,
     reflection: Annotated[bool | None, Parameter(negative="")] = None,
     insecure_loopback: Annotated[bool | None, Parameter(negative="")] = None,
     socket_roles: str | None = None,
@@ -45,6 +49,9 @@ def serve(
         A directory on a local disk that lasts, for records while the database is away; each sidecar
         has one of its own. Default: in the directory of --embedded; without that, none.
         [KEYTURN_SPOOL]
+    workers
+        How many processes share the addresses, each with its own connections to the database, caches and
+        rate limits. Default: 1. [KEYTURN_WORKERS]
     reflection
         Serve reflection and channelz, for grpcurl and buf curl. [KEYTURN_REFLECTION]
     insecure_loopback
@@ -71,6 +78,7 @@ def serve(
         listen=tuple(listen) if listen else None,
         embedded=embedded,
         spool=spool,
+        workers=workers,
         reflection=reflection,
         insecure_loopback=insecure_loopback,
         socket_roles=socket_roles,
@@ -81,6 +89,8 @@ def serve(
         metrics=metrics,
     )
     forget_secrets()
+    if settings.workers > 1:
+        sys.exit(run_workers(settings, on_fault=fault))
     with logging_apart(settings.log_level) as lines:
         log = get_log()
         for reason in forbid_dumps():

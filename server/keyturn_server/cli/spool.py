@@ -16,7 +16,7 @@ from keyturn_server.cli.stdout import write
 from keyturn_server.cli.values import Count
 from keyturn_server.ledger import KeyUse, Settlement
 from keyturn_server.settings import read_settings
-from keyturn_server.store.spool import Figures, Kept, SpoolError, look_in
+from keyturn_server.store.spool import Figures, Kept, SpoolError, look_in, together, workers_in
 from keyturn_server.store.spool import drop as drop_from
 from keyturn_server.store.spooling import KEY_USE, SETTLEMENT, decode
 
@@ -41,7 +41,8 @@ def show(
     limit: Count = 50,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Show what is in a spool, whether its sidecar runs or not; what was set aside first.
+    """Show what is in a spool, whether its sidecar runs or not, and in those of its workers; what was
+    set aside first.
 
     Parameters
     ----------
@@ -55,7 +56,10 @@ def show(
     as_json
         Print figures and records as JSON.
     """
-    figures, records = look_in(_directory(spool, embedded), at_most=limit)
+    seen = [look_in(directory, at_most=limit) for directory in _directories(spool, embedded)]
+    figures = together([figures for figures, _ in seen])
+    records = [one for _, records in seen for one in records]
+    records = sorted(records, key=lambda one: (one.cause is None, one.taken_at))[:limit]
     write(json.dumps(_as_json(figures, records), indent=2) if as_json else _in_words(figures, records))
 
 
@@ -81,19 +85,20 @@ def drop(
         ids = [UUID(one) for one in decisions]
     except ValueError:
         raise wrong_usage("A decision's id is a UUID, as `keyturn spool show` has it.") from None
-    dropped = drop_from(_directory(spool, embedded), ids)
+    dropped = sum(drop_from(directory, ids) for directory in _directories(spool, embedded))
     write(f"Dropped {counted(dropped, 'record')}.")
     if dropped < len(set(ids)):
         raise SpoolError("The others are not there, or not set aside.")
 
 
-def _directory(spool: Path | None, embedded: Path | None) -> Path:
+def _directories(spool: Path | None, embedded: Path | None) -> list[Path]:
+    """The spool's, and those of its workers."""
     directory = read_settings(spool=spool, embedded=embedded).spool_directory
     if directory is None:
         raise SpoolError(
             "Say where the spool is: --spool DIR (KEYTURN_SPOOL), or --embedded DIR (KEYTURN_EMBEDDED)."
         )
-    return directory
+    return [directory, *workers_in(directory).values()]
 
 
 def _record(kept: Kept) -> Settlement | KeyUse | None:

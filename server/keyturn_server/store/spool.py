@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 SPOOL_FILE: Final = "records.sqlite3"
 _LOCK_FILE: Final = "lock"
+_WORKER: Final = "worker-"
 _APPLICATION: Final = 0x4B545350  # "KTSP", for whoever finds the file
 _VERSION: Final = 1
 
@@ -62,6 +64,7 @@ INSERT INTO records (id, user_id, taken_at, fingerprint, body, signature) VALUES
 _COLUMNS: Final = "SELECT seq, id, user_id, taken_at, fingerprint, body, signature, cause FROM records"
 _FIND: Final = f"{_COLUMNS} WHERE id = ?"
 _READ: Final = f"{_COLUMNS} WHERE cause IS NULL AND seq > ? ORDER BY seq LIMIT ?"
+_READ_ANY: Final = f"{_COLUMNS} WHERE seq > ? ORDER BY seq LIMIT ?"
 _SHOW: Final = f"{_COLUMNS} ORDER BY cause IS NULL, seq LIMIT ?"
 _IDS: Final = "SELECT id FROM records"
 _REMOVE: Final = "DELETE FROM records WHERE seq = ?"
@@ -214,6 +217,39 @@ class Spool:
         await self._run(finish)
         self._ids.difference_update(one.id.bytes for one in done)
 
+    async def take_over(self, directory: Path) -> tuple[int, int]:
+        """Bring what is in another spool into this one: how many records, and how many had to stay there.
+
+        Each is here before it is gone there, so that it may be interrupted at any moment, and done again.
+        What stays has no room here, or there is another record of the same decision, which goes first.
+        Raises `SpoolError` where the other spool cannot be used as it is, or is somebody's, and
+        `SpoolUnavailable`.
+        """
+        taken = f"{directory}: a sidecar has its spool there."
+        with locked(directory / _LOCK_FILE, taken=taken, fault=SpoolError):
+            moved, seen, after = 0, 0, 0
+            while batch := await asyncio.to_thread(_read_any, directory, after):
+                here = await self._run(partial(self._keep, batch))
+                await asyncio.to_thread(_remove, directory, here)
+                moved, seen, after = moved + len(here), seen + len(batch), batch[-1].seq
+        await self.look()
+        return moved, seen - moved
+
+    def _keep(self, records: Sequence[Kept], connection: sqlite3.Connection) -> list[Kept]:
+        """Those of another spool's records that are here now."""
+        here: list[Kept] = []
+        used_bytes, count = _used_bytes(connection), _count(connection)
+        with _transaction(connection):
+            for record in records:
+                found = _find(connection, record.id)
+                if found is None and self._has_room(count, used_bytes):
+                    connection.execute(_INSERT, _row(record))
+                    used_bytes, count = used_bytes + len(record.body) + _ROW_BYTES, count + 1
+                    here.append(record)
+                elif found is not None and found.fingerprint == record.fingerprint:
+                    here.append(record)
+        return here
+
     async def look(self) -> None:
         """Find out how much there is, and whether the disk takes anything."""
 
@@ -350,6 +386,21 @@ async def open_spool(
             thread.shutdown()
 
 
+def beside(directory: Path, worker: int) -> Path:
+    """Where one of several workers has its spool; the first has the directory itself."""
+    return directory / f"{_WORKER}{worker}" if worker else directory
+
+
+def workers_in(directory: Path) -> dict[int, Path]:
+    """The spools of other workers than the first, by worker, whether these workers are still there or not."""
+    found: dict[int, Path] = {}
+    for path in directory.glob(f"{_WORKER}*/{SPOOL_FILE}"):
+        number = path.parent.name.removeprefix(_WORKER)
+        if number.isdecimal() and number == str(int(number)):
+            found[int(number)] = path.parent
+    return dict(sorted(found.items()))
+
+
 def look_in(directory: Path, *, at_most: int) -> tuple[Figures, list[Kept]]:
     """What is in a spool, whether a sidecar runs on it or not; what was set aside first.
 
@@ -357,6 +408,28 @@ def look_in(directory: Path, *, at_most: int) -> tuple[Figures, list[Kept]]:
     """
     with _visiting(directory) as connection:
         return _figures(connection), [_kept(row) for row in connection.execute(_SHOW, (at_most,))]
+
+
+def together(figures: Sequence[Figures]) -> Figures:
+    """The figures of several spools as those of one."""
+    return Figures(
+        waiting=sum(one.waiting for one in figures),
+        set_aside=sum(one.set_aside for one in figures),
+        file_bytes=sum(one.file_bytes for one in figures),
+        oldest=min((one.oldest for one in figures if one.oldest is not None), default=None),
+    )
+
+
+def _read_any(directory: Path, after: int) -> list[Kept]:
+    """The next records of a spool, those that were set aside among them."""
+    with _visiting(directory) as connection:
+        rows = connection.execute(_READ_ANY, (after, _MOST_IN_A_GROUP))
+        return [_kept(row) for row in rows]
+
+
+def _remove(directory: Path, records: Sequence[Kept]) -> None:
+    with _visiting(directory) as connection, _transaction(connection):
+        connection.executemany(_REMOVE, [(one.seq,) for one in records])
 
 
 def drop(directory: Path, record_ids: Sequence[UUID]) -> int:
@@ -463,6 +536,11 @@ def _figures(connection: sqlite3.Connection) -> Figures:
         file_bytes=_used_bytes(connection),
         oldest=None if oldest is None else _moment(oldest),
     )
+
+
+def _count(connection: sqlite3.Connection) -> int:
+    waiting, set_aside, _ = connection.execute(_COUNT).fetchone()
+    return int(waiting + set_aside)
 
 
 def _used_bytes(connection: sqlite3.Connection) -> int:
