@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Protocol
 from uuid import UUID
@@ -30,7 +30,7 @@ from keyturn_server.ledger import (
     Settlement,
     Spooled,
 )
-from keyturn_server.prices import PriceBook, PriceOverride, Usage
+from keyturn_server.prices import PriceBook, PriceOverride
 from keyturn_server.profiles import Profile
 from keyturn_server.scrub import STRUCK
 
@@ -131,7 +131,7 @@ class Recorder:
         `SpoolUnavailable`.
         """
         claims = self._sealer.open_ticket(ticket)
-        report = replace(report, error_message=report.error_message[:_MAX_ERROR_TEXT])
+        report = _cut(report, report.error_message)
         now = self._clock()
         charge_micros, source = await self._charge(claims, report, now)
         settled = await self._books.settle(
@@ -165,7 +165,7 @@ class Recorder:
         """
         claims = self._sealer.open_handle(handle)
         error_message = await self._without_its_key(claims, report.error_message)
-        report = replace(report, error_message=error_message[:_MAX_ERROR_TEXT])
+        report = _cut(report, error_message)
         now = self._clock()
         cost_micros, source = await self._cost(claims, report, now)
         use = KeyUse(
@@ -278,6 +278,12 @@ def _spooled(decision_id: UUID, spooled: Spooled) -> Recorded:
     )
 
 
+def _cut(report: Report, error_message: str) -> Report:
+    """The report with this error text, as far as it is kept."""
+    kept = error_message[:_MAX_ERROR_TEXT]
+    return report if kept == report.error_message else replace(report, error_message=kept)
+
+
 def _cooldown(report: Report) -> timedelta | None:
     default = _COOLDOWNS.get(report.outcome)
     return None if default is None else (report.retry_after or default)
@@ -286,17 +292,26 @@ def _cooldown(report: Report) -> timedelta | None:
 def _fingerprint(report: Report) -> bytes:
     """16 bytes that stand for the whole report: the same report has the same ones.
 
-    Only what was said counts, so that a field added in a later release does not change those of
-    reports without it. The error text does not: what is struck out of it may differ the next time.
+    The error text does not count: what is struck out of it may differ the next time. A field that a later
+    release adds is to count only where it was said, so that reports without it keep theirs.
     """
-    said = (_said(report, ""), None if report.usage is None else _said(report.usage, 0))
+    usage = report.usage
+    said = (
+        report.outcome.value,
+        report.cost_micros,
+        report.model,
+        report.endpoint,
+        report.response_time,
+        report.http_status,
+        report.retry_after,
+        None
+        if usage is None
+        else (
+            usage.input_tokens,
+            usage.output_tokens,
+            usage.cache_read_tokens,
+            usage.cache_write_tokens,
+            usage.total_tokens,
+        ),
+    )
     return hashlib.blake2b(repr(said).encode(), digest_size=16).digest()
-
-
-def _said(part: Report | Usage, unsaid: object) -> list[tuple[str, str]]:
-    values = ((field.name, getattr(part, field.name)) for field in fields(part))
-    return [
-        (name, str(value.value if isinstance(value, Outcome) else value))
-        for name, value in values
-        if value not in (None, unsaid) and not isinstance(value, Usage) and name != "error_message"
-    ]
