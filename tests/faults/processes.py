@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.cli.command import Served, serving
 from tests.support import MASTER_KEY, Caller
@@ -62,8 +63,9 @@ class Place:
         return f"unix:{self.home}/run/{self.name}"
 
     @asynccontextmanager
-    async def sidecar(self, **variables: str) -> AsyncIterator[Process]:
-        """Starts one. What still runs at the end of the block is killed."""
+    async def sidecar(self, program: Sequence[str] = (), **variables: str) -> AsyncIterator[Process]:
+        """Starts one, by another program than `keyturn` itself if need be. What still runs at the end of the
+        block is killed."""
         given = {
             **_PATIENT,
             "KEYTURN_DATABASE_URL": self.dsn,
@@ -71,8 +73,9 @@ class Place:
             "ENCRYPTION_KEY": MASTER_KEY,
             **variables,
         }
+        options: dict[str, Any] = {"program": program, **given} if program else {**given}
         async with (
-            serving(self.home, "--listen", self.address, **given) as served,
+            serving(self.home, "--listen", self.address, **options) as served,
             served.channel() as channel,
         ):
             yield Process(channel=channel, acknowledged=self.acknowledged, served=served)

@@ -1,7 +1,9 @@
-"""A disk under the spool that is full: nothing is acknowledged that is not on it, and it is said so."""
+"""A disk under the spool that fails: nothing is acknowledged that is not on it, and it is said so."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import resource
 
 import grpc
@@ -10,6 +12,8 @@ import pytest
 from keyturn.v1 import routing_service_pb2 as pb
 from tests.cli.command import keyturn
 from tests.factories import Connection, Factory
+from tests.faults.conftest import Form
+from tests.faults.disk import SYNC, WRITE, faulty_disk
 from tests.faults.processes import Place, Process
 from tests.faults.test_killed import asks, records
 from tests.outages import drained
@@ -66,6 +70,76 @@ async def test_a_disk_that_takes_nothing_more_is_said_so_and_nothing_is_acknowle
         resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
         await takes_records_again(process)
         for report in reports[10:]:
+            await process.call("Record", report)
+        proxy.come_back()
+        await drained(place.spool)
+        await process.stop()
+    assert len(set(place.acknowledged)) == RECORDS
+
+
+FAILURES = {
+    "is full": (WRITE, errno.ENOSPC),
+    "cannot be written to": (WRITE, errno.EIO),
+    "does not sync": (SYNC, errno.EIO),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+async def test_a_disk_that_fails_loses_nothing_that_was_acknowledged_and_is_used_again_once_it_is_well(
+    place: Place, proxy: Proxy, reports: list[pb.RecordRequest], name: str, form: Form
+) -> None:
+    calls, error = FAILURES[name]
+    quarter = RECORDS // 4
+    async with faulty_disk(place.home) as disk:
+        async with place.sidecar(program=disk.program) as process:
+            proxy.go_away()
+            for report in reports[:quarter]:
+                await process.call("Record", report)
+            disk.refuse(calls, error)
+            await refuses_records(process, reports[quarter : 2 * quarter])
+            disk.heal()
+            await takes_records_again(process)
+            for report in reports[quarter : 2 * quarter]:
+                await process.call("Record", report)
+            # Once more, and then it is killed: what the kernel took for written may not be.
+            disk.refuse(calls, error)
+            for report in reports[2 * quarter : 3 * quarter]:
+                await refused(process, "Record", report)
+            await process.kill()
+        disk.heal()
+        assert len(place.acknowledged) == 2 * quarter
+        proxy.come_back()
+        async with place.sidecar(program=disk.program) as process:
+            for report in reports[2 * quarter :]:
+                await process.call("Record", report)
+            await drained(place.spool)
+            await process.stop()
+        form.figures |= {
+            "calls that failed": disk.refused,
+            "acknowledged": len(place.acknowledged),
+            "lost": 0,
+        }
+    assert len(set(place.acknowledged)) == RECORDS
+
+
+async def test_a_disk_that_hangs_holds_up_no_decision_and_what_waited_for_it_is_told_in_time(
+    place: Place, proxy: Proxy, reports: list[pb.RecordRequest], make: Factory
+) -> None:
+    owner = await make.user()
+    await make.key(owner)
+    async with faulty_disk(place.home) as disk, place.sidecar(program=disk.program) as process:
+        await process.decide(owner)
+        proxy.go_away()
+        await process.call("Record", reports[0])
+        disk.refuse(SYNC, 0)
+        waiting = asyncio.create_task(refuses_records(process, reports[1:2]))
+        while not waiting.done():
+            assert (await process.decide(owner)).degraded
+            await asyncio.sleep(0.05)
+        await waiting
+        disk.heal()
+        await takes_records_again(process)
+        for report in reports:
             await process.call("Record", report)
         proxy.come_back()
         await drained(place.spool)

@@ -253,7 +253,7 @@ async def test_whatever_a_network_does_in_whatever_order_nothing_is_lost_or_coun
     gateway = Gateway(lambda: [one.process for one in running], users)
     load = asyncio.create_task(gateway.run())
     try:
-        for _ in range(form.rounds(16, 400)):
+        for _ in range(form.rounds(16, 150)):
             await asyncio.sleep(form.random.uniform(0, 0.3))
             await weather.strike()
             assert not load.done(), load.exception()
