@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import AsyncIterator, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +31,7 @@ class Form:
     random: random.Random
     """Drawn from `--faults-seed`, for this test alone."""
     figures: dict[str, Any] = field(default_factory=dict)
-    """What was done and seen, printed at the end: always where the form is long."""
+    """What was done and seen, told at the end of the run where the form is long."""
 
     def rounds(self, short: int, long: int) -> int:
         """How often."""
@@ -42,15 +41,14 @@ class Form:
 
 
 @pytest.fixture
-def form(pytestconfig: pytest.Config, request: pytest.FixtureRequest, capsys: Any) -> Iterator[Form]:
+def form(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Iterator[Form]:
     """The form of this test."""
     is_long, seed = pytestconfig.getoption("--faults-long"), pytestconfig.getoption("--faults-seed")
     print(f"--faults-seed {seed}")
-    name = request.node.name
-    form = Form(is_long=is_long, random=random.Random(f"{seed} {name}"))  # noqa: S311
+    form = Form(is_long=is_long, random=random.Random(f"{seed} {request.node.name}"))  # noqa: S311
     yield form
-    with capsys.disabled() if is_long else nullcontext():
-        print(json.dumps({"test": name, "seed": seed} | form.figures), flush=True)
+    print(json.dumps(form.figures))
+    request.node.user_properties.append(("figures", form.figures))
 
 
 @pytest_asyncio.fixture

@@ -69,7 +69,7 @@ async def test_whoever_hangs_up_or_is_out_of_time_finds_the_work_done_once_or_no
         given_up += sum(await asyncio.gather(*(gives_up("Record", record) for record in records)))
         # Half of them never ask again: what they were about is done all the same, or not at all.
         await asyncio.gather(*(sidecar.call("Record", record) for record in records[::2]))
-    assert given_up > rounds * _AT_ONCE / 2
+    assert given_up > rounds * _AT_ONCE / 10
 
     async def is_quiet() -> bool:
         return not await sql.fetchval(

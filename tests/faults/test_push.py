@@ -28,9 +28,10 @@ async def test_a_flood_of_announcements_hides_no_change_and_stops_no_decision(
 ) -> None:
     sidecar = await start_sidecar(**FOR_AN_HOUR)
     await sql.execute(
-        "INSERT INTO users (id, subscription_tier) SELECT 'crowd-' || n % 3 || '-' || n, 'premium'"
-        " FROM generate_series(1, $1::integer) n",
+        "INSERT INTO users (id, subscription_tier) SELECT 'crowd-' || n % $2 || '-' || n, 'premium'"
+        " FROM generate_series(1, $1) n",
         FLOODING * CROWD,
+        FLOODING,
     )
     user = await make.user(micros=10**9)
     await make.key(user)
