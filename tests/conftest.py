@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -43,6 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults", "the fault suite")
     group.addoption("--faults-long", action="store_true", help="its long form, which takes an hour or so")
     group.addoption("--faults-seed", type=int, default=1, help="what its random parts are drawn from")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the long form of the fault suite did and saw, also where workers of their own did it."""
+    if not terminalreporter.config.getoption("--faults-long"):
+        return
+    for report in terminalreporter.getreports(""):  # how fixtures ended
+        if figures := dict(report.user_properties).get("figures"):
+            terminalreporter.write_line(f"{report.nodeid}: {json.dumps(figures)}")
 
 
 @pytest.fixture(autouse=True)

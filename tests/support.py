@@ -99,15 +99,10 @@ def method_of(channel: grpc.aio.Channel, name: str) -> Any:
 
 
 @dataclass(kw_only=True)
-class Sidecar:
-    """A running sidecar, as a gateway sees it. Remembers what was acknowledged, for the invariants."""
+class Caller:
+    """A gateway's channel to a sidecar. Remembers what was acknowledged, for the invariants."""
 
-    address: str
     channel: grpc.aio.Channel
-    log: io.StringIO
-    settings: Settings
-    addresses: tuple[str, ...] = ()
-    """All of them; `address` is the first."""
     acknowledged: list[str] = field(default_factory=list)
 
     async def call(self, method: str, request: Any, **options: Any) -> Any:
@@ -152,6 +147,17 @@ class Sidecar:
             pb.RecordRequest(outcome=outcome, **settles, **fields),  # type: ignore[arg-type]
         )
         return answer
+
+
+@dataclass(kw_only=True)
+class Sidecar(Caller):
+    """A running sidecar of this process."""
+
+    address: str
+    log: io.StringIO
+    settings: Settings
+    addresses: tuple[str, ...] = ()
+    """All of them; `address` is the first."""
 
 
 def make_settings(dsn: str, address: str, **changes: Any) -> Settings:

@@ -30,6 +30,7 @@ from tests.factories import Connection
 from tests.support import MASTER_KEY, Sidecar, eventually
 
 _LIMIT_SECONDS = 60
+_KEYTURN = (sys.executable, "-m", "keyturn_server")
 
 
 class Finished(NamedTuple):
@@ -54,13 +55,14 @@ def environment_of(**variables: str) -> dict[str, str]:
 
 async def _start(
     *arguments: str,
+    program: Sequence[str] = _KEYTURN,
     stdin: int = asyncio.subprocess.DEVNULL,
     stdout: int,
     stderr: int | Any,
     variables: dict[str, str],
 ) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "keyturn_server", *arguments),
+        *(*program, *arguments),
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
@@ -246,12 +248,20 @@ class Served:
 
 
 @asynccontextmanager
-async def started(directory: Path, *arguments: str, **variables: str) -> AsyncIterator[Served]:
-    """`keyturn serve`, which may not serve yet. What still runs at the end of the block is killed."""
+async def started(
+    directory: Path, *arguments: str, program: Sequence[str] = _KEYTURN, **variables: str
+) -> AsyncIterator[Served]:
+    """`keyturn serve`, which may not serve yet. What still runs at the end of the block is killed.
+
+    `program` starts `keyturn` with what stands behind it."""
     output = directory / f"{secrets.token_hex(4)}.log"
     with output.open("wb") as file:
         process = await _start(
-            "serve", *arguments, stdout=file.fileno(), stderr=file.fileno(), variables=variables
+            *("serve", *arguments),
+            program=program,
+            stdout=file.fileno(),
+            stderr=file.fileno(),
+            variables=variables,
         )
     try:
         yield Served(process=process, output=output, addresses=[])
@@ -263,9 +273,11 @@ async def started(directory: Path, *arguments: str, **variables: str) -> AsyncIt
 
 
 @asynccontextmanager
-async def serving(directory: Path, *arguments: str, **variables: str) -> AsyncIterator[Served]:
+async def serving(
+    directory: Path, *arguments: str, program: Sequence[str] = _KEYTURN, **variables: str
+) -> AsyncIterator[Served]:
     """`keyturn serve`, once it serves. What still runs at the end of the block is killed."""
-    async with started(directory, *arguments, **variables) as served:
+    async with started(directory, *arguments, program=program, **variables) as served:
 
         async def serves() -> dict[str, Any] | None:
             assert served.process.returncode is None, f"it ended: {served.text}"
