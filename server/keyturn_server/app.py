@@ -100,8 +100,8 @@ class WrongMasterKey(KeyturnFault):
 class _Configurations:
     cache: PushedCache[Configuration]
 
-    async def get(self) -> Configuration:
-        return await self.cache.get(_EVERYTHING)
+    def get(self) -> Coroutine[Any, Any, Configuration]:
+        return self.cache.get(_EVERYTHING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import os
 import signal
@@ -286,6 +287,9 @@ async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: 
     try:
         async with sidecar:
             starting = None
+            # What has been made so far lasts: full collections, which every call waits for, pass it by.
+            gc.collect()
+            gc.freeze()
             await stop.wait()
     except asyncio.CancelledError:
         if not stop.is_set():

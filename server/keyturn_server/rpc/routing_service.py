@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -96,10 +96,10 @@ class RoutingService:
             ),
         }
 
-    async def decide(
+    def decide(
         self, request: routing_service_pb2.DecideRequest, caller: Caller
-    ) -> routing_service_pb2.DecideResponse:
-        return await self._decide(request, caller, "Decide")
+    ) -> Coroutine[Any, Any, routing_service_pb2.DecideResponse]:
+        return self._decide(request, caller, "Decide")
 
     async def _decide(
         self, request: routing_service_pb2.DecideRequest, caller: Caller, by: str
@@ -154,10 +154,10 @@ class RoutingService:
     async def batch_decide(
         self, request: routing_service_pb2.BatchDecideRequest, caller: Caller
     ) -> routing_service_pb2.BatchDecideResponse:
-        async def decide(
+        def decide(
             item: routing_service_pb2.DecideRequest, caller: Caller
-        ) -> routing_service_pb2.DecideResponse:
-            return await self._decide(item, caller, "BatchDecide")
+        ) -> Coroutine[Any, Any, routing_service_pb2.DecideResponse]:
+            return self._decide(item, caller, "BatchDecide")
 
         result = routing_service_pb2.BatchDecideResult
         results = await self._each("BatchDecide", request.requests, caller, decide, result)
