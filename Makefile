@@ -25,7 +25,7 @@ done
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools clients conformance protos demo serve test test-faults check fmt bench bench-simulate bench-workers clean release-protos schema
+.PHONY: help setup tools clients conformance protos demo serve test test-faults check fmt bench bench-simulate bench-size bench-workers clean release-protos schema
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -94,6 +94,9 @@ bench: setup ## measure against a bare echo, side by side (ARGS='--seconds 10')
 
 bench-simulate: setup ## measure SimulateFlags over a million recorded requests (ARGS='--records 100000')
 	$(BIN)/python -m tests.bench.simulate $(ARGS)
+
+bench-size: setup ## measure 1,000 users against 1,000,000; some minutes (ARGS='--users 100000 …')
+	$(BIN)/python -m tests.bench.size $(ARGS)
 
 bench-workers: setup ## measure one process against several (ARGS='--workers 4')
 	$(BIN)/python -m tests.bench.workers $(ARGS)

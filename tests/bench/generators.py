@@ -40,6 +40,7 @@ class Effort:
     directory: Path
     """For the files that the generators read and write."""
     most_connections: int = _MOST_CONNECTIONS
+    most_warm_up_seconds: float = _WARM_UP_SECONDS
 
     @property
     def connections(self) -> int:
@@ -49,7 +50,7 @@ class Effort:
     @property
     def warm_up_seconds(self) -> float:
         """Before the measured time; rates and latencies leave it out."""
-        return min(_WARM_UP_SECONDS, self.seconds)
+        return min(self.most_warm_up_seconds, self.seconds)
 
 
 async def drive(address: str, path: str, bodies: Sequence[bytes], effort: Effort, *, once: bool) -> Load:

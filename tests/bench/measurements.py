@@ -13,8 +13,8 @@ import grpc
 from google.protobuf import duration_pb2
 from google.protobuf.message import Message
 
+from keyturn.v1 import policy_pb2, routing_service_pb2_grpc
 from keyturn.v1 import routing_service_pb2 as pb
-from keyturn.v1 import routing_service_pb2_grpc
 from tests.factories import Connection, Factory
 
 _PROVIDER = "openai"
@@ -35,6 +35,12 @@ class Gateway:
         self._connection = connection
         self._with_keys: list[str] = []
         self._with_credits: list[str] = []
+        self._payers_constraint = policy_pb2.CONSTRAINT_UNSPECIFIED
+
+    def serve(self, users: Sequence[str]) -> None:
+        """Ask for these from now on, who have a key of their own and credits, each."""
+        self._with_keys = self._with_credits = list(users)
+        self._payers_constraint = policy_pb2.CONSTRAINT_CREDITS_ONLY
 
     async def make_users(self, count: int) -> None:
         """`count` users with a key of their own, as many with credits; no rate limit for either."""
@@ -52,8 +58,8 @@ class Gateway:
                     "bench", name=f"user-with-credits-{number:06}", micros=_BALANCE_MICROS
                 )
                 self._with_credits.append(payer)
-        await self._decided(self._with_keys, count)
-        await self._decided(self._with_credits, count)
+        await self._decided(_ask, self._with_keys, count)
+        await self._decided(self._ask_for_credits, self._with_credits, count)
 
     async def call(self, measurement: Measurement) -> tuple[bytes, bytes]:
         """One real call: its request and its response."""
@@ -74,13 +80,13 @@ class Gateway:
     async def asks_for_credits(self, count: int) -> list[bytes]:
         """Decides that are answered with a ticket."""
         users = islice(cycle(self._with_credits), count)
-        return [_ask(user).SerializeToString() for user in users]
+        return [self._ask_for_credits(user).SerializeToString() for user in users]
 
     async def tickets_to_settle(self, count: int) -> list[bytes]:
         """Records of as many open tickets."""
         return [
             _report(credit_ticket=decision.ticket.ticket)
-            for decision in await self._decided(self._with_credits, count)
+            for decision in await self._decided(self._ask_for_credits, self._with_credits, count)
         ]
 
     async def batches_for_keys(self, count: int) -> list[bytes]:
@@ -89,7 +95,7 @@ class Gateway:
 
     async def batches_for_credits(self, count: int) -> list[bytes]:
         """BatchDecides that are answered with tickets."""
-        return _batches(pb.BatchDecideRequest, map(_ask, cycle(self._with_credits)), count)
+        return _batches(pb.BatchDecideRequest, map(self._ask_for_credits, cycle(self._with_credits)), count)
 
     async def batches_of_tickets(self, count: int) -> list[bytes]:
         """BatchRecords of open tickets."""
@@ -105,14 +111,21 @@ class Gateway:
         """Records of as many handles."""
         return [
             _report(key_handle=decision.key.handle)
-            for decision in await self._decided(self._with_keys, count)
+            for decision in await self._decided(_ask, self._with_keys, count)
         ]
 
-    async def _decided(self, users: Sequence[str], count: int) -> list[pb.DecideResponse]:
+    def _ask_for_credits(self, user_id: str) -> pb.DecideRequest:
+        request = _ask(user_id)
+        request.constraint = self._payers_constraint
+        return request
+
+    async def _decided(
+        self, ask: Callable[[str], pb.DecideRequest], users: Sequence[str], count: int
+    ) -> list[pb.DecideResponse]:
         decisions: list[pb.DecideResponse] = []
         asking = cycle(users)
         while len(decisions) < count:
-            asks = [_ask(user) for user in islice(asking, min(_BATCH, count - len(decisions)))]
+            asks = [ask(user) for user in islice(asking, min(_BATCH, count - len(decisions)))]
             answer = await self._stub.BatchDecide(pb.BatchDecideRequest(requests=asks), timeout=60)
             decisions += [result.response for result in answer.results]
         return decisions

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,15 +52,23 @@ async def echo(sizes: Collection[int], *, cores: Cores) -> AsyncIterator[Server]
 
 @asynccontextmanager
 async def sidecar(
-    directory: Path, *, cores: Cores, workers: int = 1, listen: str = "127.0.0.1:0"
+    directory: Path,
+    *,
+    cores: Cores,
+    workers: int = 1,
+    listen: str = "127.0.0.1:0",
+    settings: Mapping[str, str] | None = None,
 ) -> AsyncIterator[tuple[Server, str]]:
-    """`keyturn serve` with an embedded PostgreSQL in `directory`, and the DSN of its database."""
+    """`keyturn serve` with an embedded PostgreSQL in `directory`, and the DSN of its database.
+
+    `settings` are the sidecar's own, as in its environment: `{"KEYTURN_CACHED_PROFILES": "1000"}`.
+    """
     log = directory / "keyturn.log"
     database = directory / "pg"
     command = [sys.executable, "-m", "keyturn_server", "serve", "--embedded", str(database)]
     command += ["--listen", listen, "--insecure-loopback", "--workers", str(workers)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KEYTURN_")}
-    environment |= {"ENCRYPTION_KEY": MASTER_KEY, "ENCRYPTION_KEYS_RETIRED": ""}
+    environment |= {"ENCRYPTION_KEY": MASTER_KEY, "ENCRYPTION_KEYS_RETIRED": "", **(settings or {})}
     with log.open("wb") as stderr:
         async with running(command, cores=cores.server, environment=environment, stderr=stderr) as process:
             address = await _address(process, log)
