@@ -36,6 +36,7 @@ Request = TypeVar("Request", bound=Message)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_REQUEST_BYTES = 64 * 1024
+_AT_ONCE = 64
 MAX_BATCH_BYTES = 1024 * 1024
 
 
@@ -186,7 +187,7 @@ class Guard:
                 self.carried -= carries
             await call.answer(answered)
 
-        return handle
+        return UnaryMethod(answer=handle, at_once=1 if limit is None else _AT_ONCE)
 
     def _refused(self, name: str, status: grpc.Status) -> grpc.Status:
         self._on_call(name, status.code.name)
