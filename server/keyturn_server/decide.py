@@ -165,7 +165,7 @@ class _Planned:
     configuration: Configuration
     plan: Plan
     key: StoredKey | None
-    opener: Callable[[], Secret] | None
+    opener: Callable[[], Secret] | None = field(repr=False)
 
     def opened(self) -> tuple[Plan, StoredKey | None, Secret | None]:
         return self.plan, self.key, None if self.opener is None else self.opener()

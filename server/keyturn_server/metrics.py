@@ -33,7 +33,7 @@ class Metrics:
             "keyturn_group_size",
             "Requests that share one statement, by kind",
             ["kind"],
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
             registry=self.registry,
         )
         self.push_up = Gauge(

@@ -1,7 +1,7 @@
 """The outermost layer of every method: bytes in, bytes out, and no exception's text to the caller.
 
-Methods are registered without deserializers, so that a body that is no protobuf gets an answer of
-ours, and without interceptors, which cost more than a decision does.
+Methods take calls whose body nobody has read, so that one that is no protobuf gets an answer of ours, and
+there are no interceptors, which cost more than a decision does.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ Request = TypeVar("Request", bound=Message)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_REQUEST_BYTES = 64 * 1024
+_AT_ONCE = 64  # calls of one method on the data plane
 MAX_BATCH_BYTES = 1024 * 1024
 
 
@@ -186,7 +187,7 @@ class Guard:
                 self.carried -= carries
             await call.answer(answered)
 
-        return handle
+        return UnaryMethod(answer=handle, at_once=1 if limit is None else _AT_ONCE)
 
     def _refused(self, name: str, status: grpc.Status) -> grpc.Status:
         self._on_call(name, status.code.name)

@@ -60,10 +60,11 @@ _GRANT = "SELECT * FROM keyturn_add_grants($1::keyturn_grant[], $2) ORDER BY ord
 _EXPIRE = "SELECT * FROM keyturn_expire_holds($1)"
 _FORGET = "SELECT keyturn_forget($1)"
 
-# Enough to fill a statement under load, small enough to keep its locks short.
-_MOST_IN_A_GROUP = 512
+# Enough to fill a statement under load, small enough to keep its locks short. Beyond it an item costs more
+# again: the functions look their rows up one by one, in lists as long as the group.
+_MOST_IN_A_GROUP = 128
 # Some seconds' worth: whoever came behind it would not be answered in time.
-_MOST_QUEUED = 16 * _MOST_IN_A_GROUP
+_MOST_QUEUED = 64 * _MOST_IN_A_GROUP
 _MOST_MICROS = 2**63 - 1
 
 
