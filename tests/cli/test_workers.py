@@ -116,8 +116,16 @@ async def test_connections_to_one_address_are_spread_and_nothing_is_overspent(
             kinds = Counter(answer.WhichOneof("route") for answer in answers)
             assert kinds == {"ticket": 100, "denial": 140}, "of 1,000 micros"
             counted = await asyncio.to_thread(calls_by_worker, metrics)
-            assert set(counted) == {"0", "1"}, "each has taken connections"
             assert counted.total() == 240
+
+            async def each_takes_connections() -> bool:
+                # Whoever is there first takes the next one: on a busy machine one may take many in a row.
+                async with channels(served, 8) as opened:
+                    for channel in opened:
+                        await routing(channel).Decide(ask(user, cost_micros=10), timeout=60)
+                return set(await asyncio.to_thread(calls_by_worker, metrics)) == {"0", "1"}
+
+            await eventually(each_takes_connections)
             tickets = [answer.ticket.ticket for answer in answers if answer.HasField("ticket")]
             async with channels(served, 8) as opened:
                 # Each is recorded twice at once, on whichever worker.

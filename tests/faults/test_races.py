@@ -161,12 +161,25 @@ async def test_holds_records_grants_and_sweeps_over_the_same_users_never_deadloc
     traffic = Traffic(users, form.random)
     calls = form.rounds(600, 20_000)
     async with sidecars(place, 3, KEYTURN_SWEEP_INTERVAL="0.05") as running:
+        is_swept = asyncio.Event()
+
+        async def some_are_swept() -> bool:
+            return bool(
+                await sql.fetchval("SELECT EXISTS (SELECT FROM credit_holds WHERE state = 'expired')")
+            )
+
+        async def watch() -> None:
+            await eventually(some_are_swept, seconds=60)
+            is_swept.set()
 
         async def serve(process: Process) -> None:
-            while traffic.done < calls:
+            while traffic.done < calls or not is_swept.is_set():
                 await traffic.call(process)
 
-        await asyncio.gather(*(serve(process) for process in running for _ in range(6)))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(watch())
+            for process in running * 6:
+                tasks.create_task(serve(process))
         away = [event for one in running for event in one.served.events if "40P01" in str(event)]
         assert away == []
     swept = await sql.fetchval("SELECT count(*) FROM credit_holds WHERE state = 'expired'")
