@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from tests.factories import Connection, Factory
 from tests.gate import gate_before_holds, someone_waits
 from tests.http2 import http2
 from tests.refusals import Refusal, refused
-from tests.support import Fault, Sidecar
+from tests.support import Fault, Sidecar, running_sidecar
 
 SUCCESS = pb.OUTCOME_SUCCESS
 OVERLOADED = (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", "RetryInfo")
@@ -299,3 +300,23 @@ async def test_strangers_hear_nothing_of_an_overload(
         assert caught.value.code is grpc.StatusCode.UNAUTHENTICATED
     await asyncio.gather(*waiting)
     assert (await refused(sidecar, "Decide", ask("nobody"))).code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_drain_ends_though_callers_went_away_and_no_garbage_is_collected(
+    database: str, make: Factory, sql: Connection
+) -> None:
+    """A call that something still refers to holds up the end of gRPC's server for ever."""
+    user = await make.user(micros=1_000)
+    gc.disable()
+    try:
+        async with asyncio.timeout(60), running_sidecar(database) as sidecar:
+            async with gate_before_holds(sql):
+                calls = [asyncio.create_task(sidecar.decide(user, cost_micros=10)) for _ in range(3)]
+                await someone_waits(sql)
+                for call in calls:
+                    call.cancel()
+                await asyncio.wait(calls)
+            # Its cancellation reaches the sidecar before the next call.
+            assert (await sidecar.decide(user, cost_micros=10)).HasField("ticket")
+    finally:
+        gc.enable()

@@ -31,7 +31,7 @@ class Call:
     __slots__ = ("_server", "_state", "_watch", "context", "task")
 
     task: asyncio.Task[None]
-    """The one that answers it."""
+    """The one that answers it, until it has ended."""
 
     def __init__(self, server: _Acceptor, state: Any) -> None:
         self._server = server
@@ -41,6 +41,10 @@ class Call:
             state, None, None, server.loop
         )
         """Of the caller, to read the one message by, and for nothing else."""
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """Let go of each other: the core's server is not shut down before every call is gone."""
+        del self.task
 
     async def carried_out(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` comes to. While it waits for something the caller may go away: then it is cancelled.
@@ -156,6 +160,7 @@ class _Acceptor(cygrpc.AioServer):  # type: ignore[misc]  # it has no types
         while True:
             call = Call(self, await self._request_registered_call(method))
             call.task = self.keep(self.loop.create_task(unary.answer(call)))
+            call.task.add_done_callback(call.ended)
             del call  # the next one may be long in coming
 
     async def _accept(self, method: bytes | None, name: str) -> None:
@@ -172,13 +177,14 @@ class _Acceptor(cygrpc.AioServer):  # type: ignore[misc]  # it has no types
 def _rest_of(work: Coroutine[Any, Any, T], waits_for: Any) -> Generator[Any, Any, T]:
     """The rest of a coroutine that has begun, and waits for something already."""
     while True:
-        thrown = None
         try:
-            yield waits_for
-        except BaseException as error:  # passed on
-            thrown = error
-        try:
-            waits_for = work.send(None) if thrown is None else work.throw(thrown)
+            try:
+                yield waits_for
+            except BaseException as error:
+                # In no variable that outlives it: its traceback leads to the call, which would outlive us too.
+                waits_for = work.throw(error)
+            else:
+                waits_for = work.send(None)
         except StopIteration as end:
             result: T = end.value
             return result
