@@ -181,7 +181,7 @@ def _rest_of(work: Coroutine[Any, Any, T], waits_for: Any) -> Generator[Any, Any
             try:
                 yield waits_for
             except BaseException as error:
-                # In no variable that outlives it: its traceback leads to the call, which would outlive us too.
+                # Kept in no variable: its traceback leads to the call, which would outlive us then.
                 waits_for = work.throw(error)
             else:
                 waits_for = work.send(None)
