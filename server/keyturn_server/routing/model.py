@@ -9,14 +9,7 @@ from enum import Enum
 from uuid import UUID
 
 
-class Word(Enum):
-    """A word of a closed vocabulary. It hashes as what it is, one object: `Enum` would hash its name, in
-    Python, at each look-up."""
-
-    __hash__ = object.__hash__
-
-
-class Mode(Word):
+class Mode(Enum):
     """Which of the four named configurations of the flags is in force."""
 
     INTERNAL_ONLY = "INTERNAL_ONLY"
@@ -25,14 +18,14 @@ class Mode(Word):
     BYOK_FIRST = "BYOK_FIRST"
 
 
-class Path(Word):
+class Path(Enum):
     """A way to pay."""
 
     OWN_KEY = "OWN_KEY"
     CREDITS = "CREDITS"
 
 
-class Constraint(Word):
+class Constraint(Enum):
     """How a caller tightens the policy for one request; it never relaxes it."""
 
     ANY = "ANY"
@@ -40,7 +33,7 @@ class Constraint(Word):
     CREDITS_ONLY = "CREDITS_ONLY"
 
 
-class Reason(Word):
+class Reason(Enum):
     """Why a route was chosen."""
 
     BYOK_FIRST_OWN_KEY = "BYOK_FIRST_OWN_KEY"
@@ -55,7 +48,7 @@ class Reason(Word):
     DENIED = "DENIED"
 
 
-class DenialReason(Word):
+class DenialReason(Enum):
     """Why nobody's credential may pay."""
 
     NO_KEY_AND_NO_CREDITS = "NO_KEY_AND_NO_CREDITS"
@@ -69,7 +62,7 @@ class DenialReason(Word):
     ENCRYPTION_NOT_CONFIGURED = "ENCRYPTION_NOT_CONFIGURED"
 
 
-class Out(Word):
+class Out(Enum):
     """Why a path is not among those to try."""
 
     PROVIDER_DISABLED = "the provider is switched off"
@@ -82,7 +75,7 @@ class Out(Word):
     KEYS_UNUSABLE = "none of the user's keys for the provider is usable"
 
 
-class Credits(Word):
+class Credits(Enum):
     """What came of asking the balance for a hold."""
 
     HELD = "HELD"

@@ -6,8 +6,6 @@ import static org.junit.jupiter.api.Assertions.assertInstanceOf;
 import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
-import com.google.protobuf.Any;
-import com.google.rpc.ErrorInfo;
 import io.grpc.Status;
 import java.time.Duration;
 import java.util.List;
@@ -58,19 +56,11 @@ class RetriesTest {
         continue;
       }
       int before = sidecar.asked.size();
-      Any because = Any.pack(ErrorInfo.newBuilder().setReason("BECAUSE").build());
-      sidecar.fails(1, () -> ScriptedSidecar.status(code, "no", because));
+      sidecar.fails(1, () -> ScriptedSidecar.status(code, "no"));
       KeyturnException error = assertThrows(KeyturnException.class, () -> client.decide(U1));
       assertEquals(code, error.code());
       assertEquals(before + 1, sidecar.asked.size(), code::name);
     }
-  }
-
-  @Test
-  void aCallThatTheSidecarDroppedAsItEndedIsTriedAgain() {
-    sidecar.fails(1, Status.CANCELLED::asRuntimeException);
-    assertTrue(client.decide(U1).allowed());
-    assertEquals(2, sidecar.asked.size());
   }
 
   @Test
