@@ -23,7 +23,8 @@ RUN apt-get update \
  && install --directory --owner=keyturn --group=keyturn --mode=0700 /run/keyturn /var/lib/keyturn
 COPY --from=build /opt/keyturn /opt/keyturn
 ENV PATH=/opt/keyturn/bin:$PATH \
-    KEYTURN_LISTEN=unix:/run/keyturn/keyturn.sock
+    KEYTURN_LISTEN=unix:/run/keyturn/keyturn.sock \
+    KEYTURN_SPOOL=/var/lib/keyturn/spool
 USER keyturn
 WORKDIR /var/lib/keyturn
 VOLUME /var/lib/keyturn

@@ -25,7 +25,7 @@ done
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools clients conformance protos demo serve test check fmt bench bench-simulate clean release-protos schema
+.PHONY: help setup tools clients conformance protos demo serve test test-faults check fmt bench bench-simulate bench-size bench-workers clean release-protos schema
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ serve: setup ## run the sidecar (ARGS='--embedded DIR …')
 test: setup $(if $(shell command -v go 2> /dev/null),tools) ## run every test, of every client too (ARGS='-k name' to choose, WORKERS=0 for one process)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) $(ARGS)
 
+test-faults: setup ## run the fault suite, short as in `make test` (ARGS=--faults-long: its long form)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) tests/faults $(ARGS)
+
 conformance: setup ## run the scenarios with every client, and write the table in clients/README.md
 	CI=true $(BIN)/python -m pytest --numprocesses $(WORKERS) tests/conformance/test_conformance.py
 	$(BIN)/python -m tests.conformance.table
@@ -91,6 +94,12 @@ bench: setup ## measure against a bare echo, side by side (ARGS='--seconds 10')
 
 bench-simulate: setup ## measure SimulateFlags over a million recorded requests (ARGS='--records 100000')
 	$(BIN)/python -m tests.bench.simulate $(ARGS)
+
+bench-size: setup ## measure 1,000 users against 1,000,000; some minutes (ARGS='--users 100000 …')
+	$(BIN)/python -m tests.bench.size $(ARGS)
+
+bench-workers: setup ## measure one process against several (ARGS='--workers 4')
+	$(BIN)/python -m tests.bench.workers $(ARGS)
 
 clean: ## remove what the tasks made
 	rm -rf $(VENV) .tools .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -15,6 +15,7 @@ from keyturn.secret import Secret
 from keyturn_server.ids import new_id
 from keyturn_server.keys.envelope import seal
 from keyturn_server.keys.keyring import Keyring
+from tests.canaries import remember
 from tests.support import MASTER_KEY
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -72,6 +73,7 @@ class Factory:
         """A key of a user; its id."""
         key_id = new_id()
         text = secret or f"sk-test-{secrets.token_hex(16)}"
+        remember("key", text)
         values = {
             "user_id": user_id,
             "id": key_id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from tests.factories import Connection
 from tests.support import eventually
@@ -18,24 +18,29 @@ BEGIN
     END LOOP;
     RETURN NEW;
 END $$;
-CREATE TRIGGER gate BEFORE INSERT OR UPDATE ON credit_holds FOR EACH ROW EXECUTE FUNCTION wait_at_the_gate();
+CREATE TRIGGER gate BEFORE INSERT OR UPDATE ON {} FOR EACH ROW EXECUTE FUNCTION wait_at_the_gate();
 """
 _OPEN = "INSERT INTO gate DEFAULT VALUES"
-_REMOVE = "DROP TRIGGER gate ON credit_holds; DROP FUNCTION wait_at_the_gate; DROP TABLE gate"
+_REMOVE = "DROP TRIGGER gate ON {}; DROP FUNCTION wait_at_the_gate; DROP TABLE gate"
 _WAITING = """
 SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'
 """
 
 
 @asynccontextmanager
-async def gate_before_holds(sql: Connection) -> AsyncIterator[None]:
-    """Whatever places or settles a hold waits until the end of the block."""
-    await sql.execute(_CLOSE)
+async def gate_before(sql: Connection, table: str) -> AsyncIterator[None]:
+    """Whatever writes to the table waits until the end of the block."""
+    await sql.execute(_CLOSE.format(table))
     try:
         yield
     finally:
         await sql.execute(_OPEN)
-        await sql.execute(_REMOVE)
+        await sql.execute(_REMOVE.format(table))
+
+
+def gate_before_holds(sql: Connection) -> AbstractAsyncContextManager[None]:
+    """Whatever places or settles a hold waits until the end of the block."""
+    return gate_before(sql, "credit_holds")
 
 
 async def someone_waits(sql: Connection) -> None:

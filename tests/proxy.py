@@ -20,6 +20,7 @@ class Proxy:
     def __init__(self, directory: Path, target: Path) -> None:
         self.directory = directory
         self.refuses_push = False
+        self.refuses_all = False
         self.relay = _PushRelay(self, target / _SOCKET)
 
     def dsn(self, dsn: str) -> str:
@@ -35,6 +36,15 @@ class Proxy:
         """Existing connections break."""
         self.relay.cut(self._chosen(push_only))
 
+    def go_away(self) -> None:
+        """As a server that is gone: existing connections break, and new ones are refused."""
+        self.refuses_all = True
+        self.cut(push_only=False)
+
+    def come_back(self) -> None:
+        """As that server when it is there again."""
+        self.refuses_all = False
+
     def _chosen(self, push_only: bool) -> list[Link]:
         return [link for link in self.relay.links if is_push(link) or not push_only]
 
@@ -45,7 +55,7 @@ class _PushRelay(Relay):
         self._proxy = proxy
 
     def refuses(self, link: Link) -> bool:
-        return self._proxy.refuses_push and is_push(link)
+        return self._proxy.refuses_all or (self._proxy.refuses_push and is_push(link))
 
 
 def is_push(link: Link) -> bool:

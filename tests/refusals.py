@@ -12,7 +12,7 @@ from grpc_status import rpc_status
 
 from keyturn.v1 import status_pb2
 from tests.factories import Connection
-from tests.support import Fault, Sidecar
+from tests.support import Caller, Fault
 
 
 class Refusal:
@@ -60,7 +60,7 @@ class Refusal:
         assert field in self.message
 
 
-async def refused(sidecar: Sidecar, method: str, request: Any) -> Refusal:
+async def refused(sidecar: Caller, method: str, request: Any) -> Refusal:
     """The refusal of a request."""
     with pytest.raises(Fault) as caught:
         await sidecar.call(method, request)

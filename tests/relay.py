@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,10 @@ class Link:
 
     first: bytes = b""
     """What the caller said first."""
-    flowing: asyncio.Event = field(default_factory=asyncio.Event)
+    asks: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while what the caller says is carried."""
+    answers: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while what is said to the caller is carried."""
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
 
@@ -24,8 +27,10 @@ class Relay:
 
     def __init__(self, target: Path) -> None:
         self.links: set[Link] = set()
+        self.delay: Callable[[], float] = lambda: 0
+        """How many seconds what comes in next is on its way."""
         self._target = target
-        self._flows = True
+        self._carries_asks = self._carries_answers = True
         self._tasks: set[asyncio.Task[None]] = set()
 
     def refuses(self, link: Link) -> bool:
@@ -35,18 +40,31 @@ class Relay:
     def silence(self, links: Iterable[Link]) -> None:
         """These connections neither close nor carry anything any more."""
         for link in links:
-            link.flowing.clear()
+            link.asks.clear()
+            link.answers.clear()
 
     def freeze(self) -> None:
         """No connection carries anything, neither those that are there nor new ones."""
-        self._flows = False
+        self._carries_asks = self._carries_answers = False
         self.silence(self.links)
+
+    def hold_answers(self) -> None:
+        """Whatever is asked still arrives, and no answer comes back any more."""
+        self._carries_answers = False
+        for link in self.links:
+            link.answers.clear()
+
+    def lose_answers(self) -> None:
+        """The connections whose answers were held break; new ones are as ever."""
+        self._carries_answers = True
+        self.cut([link for link in self.links if not link.answers.is_set()])
 
     def thaw(self) -> None:
         """All connections go on, with what was held up."""
-        self._flows = True
+        self._carries_asks = self._carries_answers = True
         for link in self.links:
-            link.flowing.set()
+            link.asks.set()
+            link.answers.set()
 
     def cut(self, links: Iterable[Link]) -> None:
         """These connections break."""
@@ -61,19 +79,24 @@ class Relay:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         link = Link(writers=[writer])
-        if self._flows:
-            link.flowing.set()
+        if self._carries_asks:
+            link.asks.set()
+        if self._carries_answers:
+            link.answers.set()
         self.links.add(link)
         with suppress(OSError, asyncio.CancelledError):
             try:
                 link.first = await reader.read(65536)
                 if self.refuses(link):
                     return
-                await link.flowing.wait()
+                await link.asks.wait()
                 upstream, downstream = await asyncio.open_unix_connection(self._target)
                 link.writers.append(downstream)
                 downstream.write(link.first)
-                carriers = (self._carry(link, reader, downstream), self._carry(link, upstream, writer))
+                carriers = (
+                    self._carry(link.asks, reader, downstream),
+                    self._carry(link.answers, upstream, writer),
+                )
                 async with asyncio.TaskGroup() as tasks:
                     running = [tasks.create_task(carrier) for carrier in carriers]
                     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -84,10 +107,13 @@ class Relay:
                 for each in link.writers:
                     each.transport.abort()
 
-    async def _carry(self, link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _carry(
+        self, flows: asyncio.Event, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         with suppress(OSError):
             while data := await reader.read(65536):
-                await link.flowing.wait()
+                await asyncio.sleep(self.delay())
+                await flows.wait()
                 writer.write(data)
                 await writer.drain()
 

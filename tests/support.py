@@ -29,10 +29,12 @@ from keyturn.v1 import (
 from keyturn.v1 import routing_service_pb2 as pb
 from keyturn_server.app import sidecar
 from keyturn_server.settings import Settings
+from tests.canaries import check_files, check_metrics, check_text, remember, remember_fields
 
 T = TypeVar("T")
 
 MASTER_KEY = "3f8a1c5e7b9d2046a8c0e2f4163758b9da7c1e3f5b0924867dacbe1f30527496"
+remember("master key", MASTER_KEY)
 
 
 @asynccontextmanager
@@ -97,23 +99,25 @@ def method_of(channel: grpc.aio.Channel, name: str) -> Any:
 
 
 @dataclass(kw_only=True)
-class Sidecar:
-    """A running sidecar, as a gateway sees it. Remembers what was acknowledged, for the invariants."""
+class Caller:
+    """A gateway's channel to a sidecar. Remembers what was acknowledged, for the invariants."""
 
-    address: str
     channel: grpc.aio.Channel
-    log: io.StringIO
-    settings: Settings
-    addresses: tuple[str, ...] = ()
-    """All of them; `address` is the first."""
     acknowledged: list[str] = field(default_factory=list)
 
     async def call(self, method: str, request: Any, **options: Any) -> Any:
         """One call of a method of any service. Raises `Fault`."""
+        remember_fields(request)
+        for key, value in options.get("metadata", ()):
+            if key == "authorization":
+                remember(key, str(value))
         try:
             answer = await method_of(self.channel, method)(request, timeout=30, **options)
         except grpc.aio.AioRpcError as error:
-            raise Fault(error.code(), error.details() or "", rpc_status.from_call(error)) from None
+            status = rpc_status.from_call(error)
+            check_text("a fault", f"{error.details()} {status}")
+            raise Fault(error.code(), error.details() or "", status) from None
+        remember_fields(answer)
         if method == "Record":
             self.acknowledged.append(answer.record_id)
         elif method == "BatchRecord":
@@ -145,6 +149,17 @@ class Sidecar:
         return answer
 
 
+@dataclass(kw_only=True)
+class Sidecar(Caller):
+    """A running sidecar of this process."""
+
+    address: str
+    log: io.StringIO
+    settings: Settings
+    addresses: tuple[str, ...] = ()
+    """All of them; `address` is the first."""
+
+
 def make_settings(dsn: str, address: str, **changes: Any) -> Settings:
     """Settings for a test's sidecar, with nothing from the environment."""
     values: dict[str, Any] = {
@@ -153,6 +168,8 @@ def make_settings(dsn: str, address: str, **changes: Any) -> Settings:
         "listen": (address,),
         "encryption_key": MASTER_KEY,
         "encryption_keys_retired": None,
+        # On a busy machine a database may be slow, and is not away.
+        "silence_timeout": 30,
         **changes,
     }
     return Settings(**values)
@@ -192,6 +209,9 @@ async def running_sidecar(dsn: str, *, also: Sequence[str] = (), **changes: Any)
             yield Sidecar(
                 address=addresses[0], channel=channel, log=log, settings=settings, addresses=addresses
             )
+        check_text("the log", log.getvalue())
+        check_metrics()
+        check_files(directory)
 
 
 async def eventually(check: Any, *, seconds: float = 20) -> Any:

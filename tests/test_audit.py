@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -310,3 +311,35 @@ def test_the_line_in_the_documents_is_such_a_line() -> None:
     line = json.loads(sink.getvalue())
     assert list(shown) == list(line)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?Z", line["timestamp"])
+
+
+# Two processes that write long lines to one narrow pipe, each by a writer of its own.
+_TOGETHER = """
+import os
+from keyturn_server.logs import LineWriter
+turns = os.memfd_create("turns")
+for name in "ab":
+    if not os.fork():
+        writer = LineWriter(1, turns=turns)
+        for _ in range(50):
+            writer.write(name * 20_000 + "\\n")
+        writer.close()
+        os._exit(0)
+for _ in range(2):
+    os.wait()
+"""
+
+
+async def test_lines_of_several_processes_stay_whole() -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", _TOGETHER, stdout=writing)
+    os.close(writing)
+
+    def read() -> str:
+        with os.fdopen(reading, "rb", buffering=0) as pipe:
+            return b"".join(iter(lambda: pipe.read(1000), b"")).decode()
+
+    lines = (await asyncio.to_thread(read)).splitlines()
+    assert await process.wait() == 0
+    assert sorted(lines) == ["a" * 20_000] * 50 + ["b" * 20_000] * 50

@@ -264,6 +264,10 @@ async def test_tokens_are_taken_for_seven_days_after_they_expire_and_no_longer(
     assert await contents(sql) == before
     for token in aged(timedelta(days=6, hours=23)):
         assert not (await sidecar.record(token, SUCCESS, cost_micros=1)).replayed
+    for token in aged(timedelta(days=8)):
+        assert (await sidecar.record(token, SUCCESS, cost_micros=1)).replayed, (
+            "what was taken is answered again"
+        )
 
 
 async def test_who_or_what_is_not_there_is_named(sidecar: Sidecar, make: Factory, sql: Connection) -> None:

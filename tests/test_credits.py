@@ -19,7 +19,6 @@ from tests.factories import Connection, Factory
 from tests.refusals import Refusal, contents, refused
 from tests.support import Fault, Sidecar, eventually, method_of
 from tests.test_bad_input import Case, out_of_range, too_long
-from tests.test_ledger_races import LosesReplies
 from tests.test_users import UNICODE_IDS
 
 SUCCESS = routing.OUTCOME_SUCCESS
@@ -264,17 +263,6 @@ async def test_a_locked_account_fails_its_own_grant_alone(
         assert isinstance(answer, pb.GrantCreditsResponse)
         assert answer.balance_micros == 10
     assert not (await grant(sidecar, locked, 10, request_id="r")).replayed
-
-
-async def test_a_grant_whose_reply_was_lost_is_made_once_and_is_no_replay(
-    sidecar: Sidecar, make: Factory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    user = await make.user()
-    loss = LosesReplies(monkeypatch, "add_grants")
-    granted = await grant(sidecar, user, 100)
-    assert loss.lost == 1
-    assert (granted.replayed, granted.balance_micros) == (False, 100)
-    assert await balance(sidecar, user) == (100, 0, 100)
 
 
 async def test_a_grant_goes_through_though_its_caller_hung_up(

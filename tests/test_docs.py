@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ from keyturn_server.routing.model import Flags, KeyFacts, World
 from keyturn_server.routing.policy import choose_route
 from keyturn_server.rpc import status
 from keyturn_server.settings import ConnectionSettings, Settings, read_settings
+from tests.canaries import check_text
 from tests.cli.command import keyturn
 from tests.factories import Connection, Factory, legacy_sealed
 from tests.support import MASTER_KEY, Sidecar, temporary_directory
@@ -141,6 +142,7 @@ async def served(script: str, directory: Path) -> AsyncIterator[list[str]]:
             process.send_signal(signal.SIGTERM)
         _, rest = await process.communicate()
     assert process.returncode == 0, "".join(log) + rest.decode()
+    check_text("the log", "".join(log) + rest.decode())
 
 
 def pattern(shown: str) -> str:
@@ -300,6 +302,7 @@ def test_the_mode_table_of_the_readme_is_the_policy() -> None:
 FAULTS: list[Exception] = [
     status.MalformedRequest(),
     status.RequestTooLarge(70_000, 65_536),
+    status.OutOfTime(),
     errors.InvalidFields(("user_id", "Required."), ("cost_micros", "From 0 to 1000000000000; this is -1.")),
     status.BadToken(
         "credit_ticket",
@@ -326,6 +329,7 @@ FAULTS: list[Exception] = [
     errors.LockoutNotAcknowledged(17),
     errors.StoreUnavailable(),
     errors.RowLocked(),
+    errors.SpoolUnavailable(errors.SpoolCause.FULL),
     errors.Overloaded(),
 ]
 
@@ -426,7 +430,8 @@ async def test_the_first_steps_lead_where_the_page_says() -> None:
     assert log.count('"event": "serving"') == 2
 
 
-async def test_the_health_names_are_those_that_the_sidecar_knows(sidecar: Sidecar) -> None:
+async def test_the_health_names_are_those_that_the_sidecar_knows(spooling: Callable[..., Any]) -> None:
+    sidecar = await spooling()
     stub = health_pb2_grpc.HealthStub(sidecar.channel)
     known = (await stub.List(health_pb2.HealthListRequest(), timeout=30)).statuses
     shown = {row[0] for row in rows(section(OPERATING, "Health"))}

@@ -12,20 +12,18 @@ from typing import Any
 import asyncpg
 import grpc
 import pytest
-import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as pb
-from keyturn_server.store.embedded import EmbeddedPostgres
 from tests.cli.command import free_port
 from tests.factories import Connection, Factory
-from tests.proxy import Proxy, proxied
+from tests.proxy import Proxy
 from tests.support import Fault, Sidecar, eventually
 
 # So long that nothing but the push explains a change.
 FOR_AN_HOUR = {"flag_ttl": 3600, "profile_ttl": 3600, "unpushed_ttl": 3600}
-QUICK_BEAT = {"push_beat": 0.1, "push_timeout": 0.3}
+QUICK_BEAT = {"push_beat": 0.1, "push_timeout": 1}
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -194,12 +192,6 @@ async def test_a_change_that_is_rolled_back_changes_nothing(
 # -- when the push breaks -----------------------------------------------------------------------------
 
 
-@pytest_asyncio.fixture
-async def proxy(cluster: EmbeddedPostgres) -> AsyncIterator[Proxy]:
-    async with proxied(cluster) as running:
-        yield running
-
-
 @asynccontextmanager
 async def watched(sidecar: Sidecar) -> AsyncIterator[Callable[[int], Any]]:
     """Waits for the next state of the push's health to be this one."""
@@ -214,15 +206,19 @@ async def watched(sidecar: Sidecar) -> AsyncIterator[Callable[[int], Any]]:
     watch.cancel()
 
 
-async def push_metric(sidecar: Sidecar) -> str:
+async def push_metric_becomes(sidecar: Sidecar, value: str) -> None:
+    """It may be down once more on a busy machine: a beat is soon missed here."""
+
     def read() -> str:
         with urllib.request.urlopen(f"http://{sidecar.settings.metrics}/metrics", timeout=30) as page:
             return str(page.read().decode())
 
-    [line] = [
-        line for line in (await asyncio.to_thread(read)).splitlines() if line.startswith("keyturn_push_up")
-    ]
-    return line.rpartition(" ")[2]
+    async def has_value() -> bool:
+        page = await asyncio.to_thread(read)
+        [line] = [line for line in page.splitlines() if line.startswith("keyturn_push_up")]
+        return line.rpartition(" ")[2] == value
+
+    await eventually(has_value)
 
 
 TERMINATE_PUSH = """
@@ -266,14 +262,14 @@ async def test_a_listener_that_was_cut_off_silently_is_found_out_by_its_beat(
     )
     user = await make.user(micros=1_000)
     await until(sidecar, user, "BYOK_FIRST_NO_KEY")
-    assert await push_metric(sidecar) == "1.0"
+    await push_metric_becomes(sidecar, "1.0")
     async with watched(sidecar) as becomes:
         proxy.silence(push_only=True)
         await make.flags(byok_enabled=False)
         await becomes(NOT_SERVING)
         await becomes(SERVING)
     await until(sidecar, user, "BYOK_DISABLED")
-    assert await push_metric(sidecar) == "1.0"
+    await push_metric_becomes(sidecar, "1.0")
 
 
 async def test_while_the_push_cannot_come_back_changes_arrive_within_a_moment_and_it_says_so(
@@ -293,10 +289,10 @@ async def test_while_the_push_cannot_come_back_changes_arrive_within_a_moment_an
         for on in (False, True, False):
             await make.flags(byok_enabled=on)
             await until(sidecar, user, "BYOK_FIRST_NO_KEY" if on else "BYOK_DISABLED")
-        assert await push_metric(sidecar) == "0.0"
+        await push_metric_becomes(sidecar, "0.0")
         proxy.refuses_push = False
         await becomes(SERVING)
-        assert await push_metric(sidecar) == "1.0"
+        await push_metric_becomes(sidecar, "1.0")
         await make.flags(byok_enabled=True)
         await until(sidecar, user, "BYOK_FIRST_NO_KEY")
 

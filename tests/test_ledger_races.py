@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -13,8 +13,6 @@ import pytest
 
 from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as pb
-from keyturn_server.errors import StoreUnavailable
-from keyturn_server.store.database import Database
 from tests.factories import Connection, Factory
 from tests.support import Fault, Sidecar, eventually
 
@@ -64,60 +62,6 @@ async def test_a_locked_key_fails_its_own_record_alone(
     assert isinstance(results[0], Fault)
     assert not any(isinstance(result, BaseException) for result in results[1:])
     assert not (await sidecar.record(answers[0], SUCCESS)).replayed
-
-
-class LosesReplies:
-    """Makes the database lose the reply to a statement, once, after it was carried out."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, containing: str) -> None:
-        self.lost = 0
-        fetch = Database.fetch
-
-        async def losing(database: Database, statement: str, *arguments: Any) -> Sequence[Any]:
-            rows = await fetch(database, statement, *arguments)
-            if containing in statement and not self.lost:
-                self.lost += 1
-                raise StoreUnavailable
-            return rows
-
-        monkeypatch.setattr(Database, "fetch", losing)
-
-
-async def test_a_hold_whose_reply_was_lost_is_placed_once_and_is_no_replay(
-    sidecar: Sidecar, make: Factory, sql: Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    user = await make.user(micros=1_000)
-    loss = LosesReplies(monkeypatch, "place_holds")
-    answer = await sidecar.decide(user, cost_micros=1_000, request_id="r")
-    assert loss.lost == 1
-    assert not answer.replayed
-    assert answer.ticket.available_micros == 0
-    assert await sql.fetchval("SELECT count(*) FROM credit_holds") == 1
-
-
-async def test_a_record_whose_reply_was_lost_is_taken_once_and_is_no_replay(
-    sidecar: Sidecar, make: Factory, sql: Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    user = await make.user(micros=1_000)
-    ticket = await sidecar.decide(user, cost_micros=1_000)
-    LosesReplies(monkeypatch, "settle_tickets")
-    first = await sidecar.record(ticket, SUCCESS, cost_micros=400)
-    assert (first.replayed, first.charged_micros, first.balance_micros) == (False, 400, 600)
-    assert (await sidecar.record(ticket, SUCCESS, cost_micros=400)).replayed
-
-
-async def test_a_refused_key_is_not_handed_out_again_though_the_reply_was_lost(
-    sidecar: Sidecar, make: Factory, sql: Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Without the push, so that only the record itself can tell.
-    await sql.execute("ALTER TABLE user_api_keys DISABLE TRIGGER push_update")
-    user = await make.user()
-    await make.key(user)
-    answer = await sidecar.decide(user)
-    LosesReplies(monkeypatch, "record_key_usage")
-    recorded = await sidecar.record(answer, pb.OUTCOME_AUTH_REJECTED)
-    assert (recorded.replayed, recorded.key_state) == (False, policy.KEY_STATE_INVALID)
-    assert (await sidecar.decide(user)).WhichOneof("route") == "denial"
 
 
 async def test_twins_of_a_denied_request_share_its_denial(sidecar: Sidecar, make: Factory) -> None:

@@ -14,7 +14,7 @@ from keyturn.v1 import policy_pb2 as policy
 from keyturn.v1 import routing_service_pb2 as pb
 from keyturn_server.ids import new_id
 from tests.factories import Connection, Factory
-from tests.support import Fault, Sidecar, eventually, method_of
+from tests.support import Fault, Sidecar, eventually
 
 SUCCESS = pb.OUTCOME_SUCCESS
 
@@ -62,18 +62,6 @@ async def test_many_users_share_statements_and_stay_apart(
         mine = answers[index * 5 : index * 5 + 5]
         assert sum(answer.WhichOneof("route") == "ticket" for answer in mine) == index % 4
         assert await balance(sql, user) == (5_000 * (index % 4), 5_000 * (index % 4))
-
-
-async def test_two_sidecars_on_one_database_do_not_overspend(
-    start_sidecar: Callable[..., Any], make: Factory, sql: Connection
-) -> None:
-    sidecars = [await start_sidecar(), await start_sidecar(), await start_sidecar()]
-    user = await make.user(micros=50_000)
-    answers = await asyncio.gather(
-        *(sidecars[index % 3].decide(user, cost_micros=1_000) for index in range(300))
-    )
-    assert sum(answer.WhichOneof("route") == "ticket" for answer in answers) == 50
-    assert await balance(sql, user) == (50_000, 50_000)
 
 
 async def test_the_same_request_id_gets_the_same_ticket_and_one_hold(
@@ -236,67 +224,6 @@ async def test_an_unswept_expired_hold_settles_late_and_releases(
     answer = await sidecar.record(ticket, SUCCESS, cost_micros=3_000)
     assert (answer.charged_micros, answer.released_micros) == (3_000, 5_000)
     assert await balance(sql, user) == (7_000, 0)
-
-
-async def test_a_client_that_hangs_up_leaves_nothing_half_done(
-    sidecar: Sidecar, make: Factory, sql: Connection
-) -> None:
-    user = await make.user(micros=1_000_000)
-    calls = [
-        method_of(sidecar.channel, "Decide")(
-            pb.DecideRequest(user_id=user, provider="openai", cost_micros=1_000)
-        )
-        for _ in range(300)
-    ]
-    await asyncio.sleep(0.01)
-    for index, call in enumerate(calls):
-        if index % 3:
-            call.cancel()
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    answered = [result for result in results if not isinstance(result, BaseException)]
-    assert len(answered) == 100
-
-    async def settled() -> bool:
-        held = await sql.fetchval("SELECT sum(amount_micros) FROM credit_holds WHERE state = 'open'")
-        return (await balance(sql, user)) == (1_000_000, held)
-
-    await eventually(settled)
-    assert (await balance(sql, user))[1] >= 100 * 1_000
-
-    records = [
-        method_of(sidecar.channel, "Record")(
-            pb.RecordRequest(credit_ticket=answer.ticket.ticket, outcome=SUCCESS, cost_micros=500)
-        )
-        for answer in answered
-    ]
-    await asyncio.sleep(0.01)
-    for record in records[::2]:
-        record.cancel()
-    outcomes = await asyncio.gather(*records, return_exceptions=True)
-    sidecar.acknowledged += [one.record_id for one in outcomes if not isinstance(one, BaseException)]
-    await asyncio.gather(*(sidecar.record(answer, SUCCESS, cost_micros=500) for answer in answered))
-    assert (await balance(sql, user))[0] == 1_000_000 - 100 * 500
-
-
-async def test_a_poison_row_fails_alone_and_the_rest_of_its_group_goes_through(
-    sidecar: Sidecar, make: Factory, sql: Connection
-) -> None:
-    # A constraint of the operator's own, which one request in the middle of a group breaks.
-    await sql.execute("ALTER TABLE credit_holds ADD CHECK (service_type <> 'poison')")
-    user = await make.user(micros=1_000_000)
-    results = await asyncio.gather(
-        *(
-            sidecar.decide(user, cost_micros=10, service_type="poison" if index == 37 else "fine")
-            for index in range(100)
-        ),
-        return_exceptions=True,
-    )
-    failed = [result for result in results if isinstance(result, BaseException)]
-    assert len(failed) == 1
-    assert isinstance(failed[0], Fault)
-    assert failed[0].code is grpc.StatusCode.INTERNAL
-    assert "poison" not in failed[0].message
-    assert await balance(sql, user) == (1_000_000, 99 * 10)
 
 
 async def test_a_ticket_whose_hold_is_unknown_here_is_not_found(

@@ -223,3 +223,76 @@ async def test_losing_and_regaining_the_push_drops_what_was_cached() -> None:
         await cache.expire_all(pushed=pushed)
         source.value = f"pushed {pushed} {source.loads}"
         assert await cache.get("a") == f"a={source.value}"
+
+
+async def known(cache: PushedCache[str], key: str = "a") -> tuple[str | None, bool]:
+    """What was last known of a key, and whether that is as good as new."""
+    last = cache.last_known(key)
+    return (None, False) if last is None else (last[0], last[1] == timedelta(0))
+
+
+async def test_what_was_read_is_known_for_as_long_as_nobody_says_otherwise() -> None:
+    source = Source()
+    cache = cache_of(source.load, ttl=SHORT)
+    assert await known(cache) == (None, False)
+    await cache.expire_all(pushed=True)
+    await cache.get("a")
+
+    async def is_gone_from_the_cache() -> bool:
+        return cache._cache.peek("a") is None
+
+    await eventually(is_gone_from_the_cache)
+    assert await known(cache) == ("a=old", True), "a change would have been announced"
+    await cache.expire("a")
+    assert await known(cache) == (None, False), "one was"
+    assert cache.ever_known("a") == "a=old"
+    source.value = "new"
+    await cache.get("a")
+    assert await known(cache) == ("a=new", True)
+
+
+async def test_what_is_known_grows_old_from_when_changes_are_not_announced_any_more() -> None:
+    source = Source()
+    cache = cache_of(source.load)
+    await cache.expire_all(pushed=True)
+    await cache.get("a")
+    await cache.expire_all(pushed=False)
+    await asyncio.sleep(0.01)
+    assert await known(cache) == ("a=old", False)
+    [_, first] = cache.last_known("a") or ("", timedelta(0))
+    # It is not made new by the push, which does not tell what it missed.
+    await cache.expire_all(pushed=True)
+    await asyncio.sleep(0.01)
+    [_, second] = cache.last_known("a") or ("", timedelta(0))
+    assert second > first
+    await cache.expire_all(pushed=True)
+    assert await known(cache) == (None, False), "all was announced to have changed"
+
+
+async def test_what_is_read_without_announcements_is_as_old_as_its_reading() -> None:
+    cache = cache_of(Source().load)
+    await cache.get("a")
+    await asyncio.sleep(0.01)
+    assert await known(cache) == ("a=old", False)
+
+
+async def test_what_we_alone_know_is_known_until_it_is_read_again() -> None:
+    source = Source()
+    cache = cache_of(source.load)
+    await cache.expire_all(pushed=True)
+    await cache.get("a")
+    await cache.amend("a", str.upper)
+    await cache.amend("b", str.upper)
+    assert (await known(cache), await known(cache, "b")) == (("A=OLD", True), (None, False))
+    assert await cache.get("a") == "a=old"
+    await cache.expire("a")
+    await cache.amend("a", str.upper)
+    assert await known(cache) == (None, False), "what is out of date stays so"
+
+
+async def test_the_oldest_of_what_is_known_makes_room() -> None:
+    cache = cache_of(Source().load, max_entries=2)
+    for key in ("a", "b", "a", "c"):
+        await cache.expire(key)
+        await cache.get(key)
+    assert [cache.ever_known(key) for key in "abc"] == ["a=old", None, "c=old"]

@@ -274,6 +274,41 @@ async def test_a_key_cools_down_and_a_success_ends_it(
     await eventually(back)
 
 
+async def test_a_cooldown_ends_by_time_alone(sidecar: Sidecar, make: Factory, sql: Connection) -> None:
+    user = await make.user(micros=1_000_000)
+    await make.key(user, priority=2)
+    first = await make.key(user, priority=1)
+    answer = await sidecar.decide(user)
+    assert answer.key.key_id == str(first)
+    await sidecar.record(answer, pb.OUTCOME_RATE_LIMITED, retry_after={"seconds": 2})
+    assert (await sidecar.decide(user)).key.key_id != str(first)
+    # Nobody changes anything from here on.
+
+    async def back() -> bool:
+        return bool((await sidecar.decide(user)).key.key_id == str(first))
+
+    await eventually(back)
+
+
+async def test_what_was_planned_for_one_request_is_not_taken_for_another(
+    sidecar: Sidecar, make: Factory
+) -> None:
+    user = await make.user(micros=1_000_000)
+    keys = [await make.key(user), await make.key(user, "anthropic")]
+
+    async def routed(provider: str = "openai", **fields: Any) -> str:
+        answer = await sidecar.decide(user, provider, cost_micros=1, **fields)
+        return str(answer.key.key_id) or str(answer.WhichOneof("route"))
+
+    for _ in range(2):
+        assert await routed() == str(keys[0])
+        assert await routed("anthropic") == str(keys[1])
+        assert await routed(constraint=policy.CONSTRAINT_CREDITS_ONLY) == "ticket"
+        refused = (await sidecar.decide(user)).key.handle
+        assert await routed(failed_key_handles=[refused]) == "ticket"
+        assert await routed("anthropic", failed_key_handles=[refused]) == str(keys[1])
+
+
 async def test_own_key_usage_is_counted_once(sidecar: Sidecar, make: Factory, sql: Connection) -> None:
     user = await make.user()
     key_id = await make.key(user)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 import string
 import traceback
@@ -15,13 +14,14 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import grpc
 import pytest
 from grpc_status import rpc_status
 
 from keyturn.secret import Secret
+from keyturn.v1 import key_service_pb2, routing_service_pb2_grpc
 from keyturn.v1 import routing_service_pb2 as pb
-from keyturn.v1 import routing_service_pb2_grpc
 from keyturn_server.configuration import Provider
 from keyturn_server.decide import Ask, KeyRoute, TicketRoute
 from keyturn_server.keys.envelope import Unreadable, open_sealed, seal
@@ -29,9 +29,12 @@ from keyturn_server.keys.keyring import Keyring, KeyringError
 from keyturn_server.keys.tokens import InvalidToken, TokenRoot, TokenSealer
 from keyturn_server.profiles import StoredKey
 from keyturn_server.settings import SettingsError, read_settings
+from keyturn_server.store.embedded import EmbeddedPostgres
+from tests.canaries import parts, remember
 from tests.cli.command import embedded, free_port, inside
-from tests.factories import KEYRING, Factory
-from tests.support import MASTER_KEY, make_settings, temporary_directory
+from tests.factories import KEYRING, Connection, Factory
+from tests.providers import NOBODY, Providers
+from tests.support import MASTER_KEY, make_settings, running_sidecar, temporary_directory
 
 INLINE = pb.KEY_DELIVERY_INLINE
 OUTCOMES = [number for number in pb.Outcome.values() if number]
@@ -40,7 +43,9 @@ OUTCOMES = [number for number in pb.Outcome.values() if number]
 def canary(prefix: str, length: int = 40) -> str:
     """A secret of nobody's, with digits and letters in both cases as real ones have."""
     alphabet = string.ascii_letters + string.digits
-    return f"{prefix}aA1{''.join(secrets.choice(alphabet) for _ in range(length))}"
+    value = f"{prefix}aA1{''.join(secrets.choice(alphabet) for _ in range(length))}"
+    remember("canary", value)
+    return value
 
 
 class Gateway:
@@ -134,13 +139,6 @@ async def tables(make: Factory) -> str:
     return "\n".join(dumped)
 
 
-def parts(value: str) -> Iterator[str]:
-    """Pieces of a canary that tell a good deal of it: none may be found. (A hint of four may.)"""
-    # The id of a master key, in a ciphertext, and the beginnings of keys and tokens are no secret.
-    body = re.sub(r"^(v1\.[0-9a-f]{16}\.|sk-(proj|ant-api03)-|sk-|kt[ht]1_|Bearer )", "", value)
-    return (body[start : start + 12] for start in range(0, len(body) - 12, 6))
-
-
 async def test_no_secret_is_written_anywhere_by_any_method() -> None:
     canaries = {
         "openai": canary("sk-proj-"),
@@ -176,6 +174,61 @@ async def test_no_secret_is_written_anywhere_by_any_method() -> None:
     for place, text in places.items():
         for name, value in canaries.items():
             assert not [part for part in parts(value) if part in text], f"{name} in {place}"
+
+
+# All that PostgreSQL can be told to log of statements: their text, their parameters, also of those that
+# fail, and how long they took. Of one database, and stronger than what the server was started with.
+_TELL_ALL = {
+    "log_statement": "all",
+    "log_min_duration_statement": "0",
+    "log_parameter_max_length": "-1",
+    "log_parameter_max_length_on_error": "-1",
+    "log_min_error_statement": "debug5",
+    "log_min_messages": "notice",
+    "log_error_verbosity": "verbose",
+}
+
+
+async def test_a_database_that_logs_all_statements_logs_ciphertexts_and_no_secret(
+    empty_database: str, cluster: EmbeddedPostgres
+) -> None:
+    sql: Connection = await asyncpg.connect(empty_database)
+    name = await sql.fetchval("SELECT current_database()")
+    for setting, value in _TELL_ALL.items():
+        await sql.execute(f"ALTER DATABASE {name} SET {setting} = '{value}'")
+    await sql.close()
+    log = cluster.socket_directory.parent / "postgres.log"
+    start = log.stat().st_size
+    canaries = {
+        "openai": canary("sk-proj-"),
+        "anthropic": canary("sk-ant-api03-"),
+        "mistral": canary("", 29),
+        "saved": canary("sk-proj-"),
+    }
+    async with running_sidecar(empty_database) as sidecar:
+        sql = await asyncpg.connect(empty_database)
+        try:
+            await Providers().play(sql, at=NOBODY)
+            make, gateway = Factory(sql), Gateway(sidecar.channel)
+            user = await make.user()
+            save = key_service_pb2.SaveKeyRequest(user_id=user, provider="openai", secret=canaries["saved"])
+            await sidecar.call("SaveKey", save)
+            await drive(gateway, make, canaries)
+            await break_statements(gateway, make, canaries)
+            roots = [row["secret"].hex() for row in await sql.fetch("SELECT secret FROM token_roots")]
+            (saved,) = await sql.fetch("SELECT encrypted_key FROM user_api_keys WHERE user_id = $1", user)
+        finally:
+            await sql.close()
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode("latin-1")
+    # It does log, down to the parameters.
+    assert "INSERT INTO token_roots" in text
+    assert user in text
+    assert saved["encrypted_key"] in text
+    assert roots
+    for name, value in (canaries | {"root": roots[0], "master key": MASTER_KEY}).items():
+        assert not [part for part in parts(value) if part in text], name
 
 
 async def test_postgres_does_not_inherit_the_master_key() -> None:

@@ -7,10 +7,12 @@ import io
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
@@ -20,6 +22,16 @@ from keyturn.v1 import routing_service_pb2_grpc
 from keyturn_server.app import sidecar as sidecar_of
 from tests.cli.command import Served, embedded, inside, serving, started
 from tests.factories import Connection, Factory
+from tests.faults.wire import (
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    PREFACE,
+    SETTINGS,
+    call_headers,
+    frame,
+    header_block,
+)
 from tests.gate import gate_before_holds, someone_waits
 from tests.refusals import Refusal
 from tests.support import (
@@ -72,7 +84,7 @@ def converse(channel: grpc.aio.Channel, service: str) -> Any:
     return call(timeout=60)
 
 
-async def test_health_tells_of_the_process_each_service_and_the_push(sidecar: Sidecar) -> None:
+async def test_health_tells_of_the_process_each_service_the_push_and_the_database(sidecar: Sidecar) -> None:
     health = health_of(sidecar.channel)
     services = (
         "RoutingService",
@@ -82,7 +94,7 @@ async def test_health_tells_of_the_process_each_service_and_the_push(sidecar: Si
         "CreditService",
         "ReportService",
     )
-    names = ("", "keyturn.push", *(f"keyturn.v1.{service}" for service in services))
+    names = ("", "keyturn.push", "keyturn.database", *(f"keyturn.v1.{service}" for service in services))
     for name in names:
         assert (await health.Check(asked(name), timeout=30)).status == SERVING
         watch = health.Watch(asked(name), timeout=30)
@@ -110,6 +122,25 @@ async def test_reflection_and_channelz_are_there_when_asked_for(start_sidecar: C
         channelz_pb2.GetServersRequest(), timeout=30
     )
     assert servers.server
+
+
+async def test_channelz_says_of_what_is_not_there_that_it_is_not(start_sidecar: Callable[..., Any]) -> None:
+    sidecar = await start_sidecar(reflection=True)
+    stub = channelz_pb2_grpc.ChannelzStub(sidecar.channel)
+    asked_for = stub.GetSubchannel(channelz_pb2.GetSubchannelRequest(subchannel_id=-1), timeout=30)
+    assert await code_of(asked_for) is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_question_to_reflection_that_is_no_protobuf_is_malformed(
+    start_sidecar: Callable[..., Any],
+) -> None:
+    sidecar = await start_sidecar(reflection=True)
+    for name in REFLECTION:
+        ask: Any = sidecar.channel.unary_unary(f"/{name}/ServerReflectionInfo")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(b"\xff", timeout=30)
+        Refusal.of(caught.value).check(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
+    assert "internal_error" not in sidecar.log.getvalue()
 
 
 async def test_neither_is_there_when_not(sidecar: Sidecar) -> None:
@@ -283,3 +314,55 @@ async def test_a_killed_postgres_is_unavailable_for_a_moment_and_back_by_itself(
             return bool(check.status == SERVING)
 
         await eventually(hears_of_changes)
+
+
+async def said(path: Path, *frames: bytes) -> bytes:
+    """What comes of a connection on which that is said; it is left after a moment."""
+    reader, writer = await asyncio.open_unix_connection(path)
+    answer = b""
+    try:
+        writer.write(PREFACE + frame(SETTINGS) + b"".join(frames))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.3):
+                while part := await reader.read(65536):
+                    answer += part
+    finally:
+        writer.transport.abort()
+    return answer
+
+
+def call_of(path: bytes, *more: tuple[bytes, bytes]) -> bytes:
+    """A call without a body."""
+    headers = call_headers(b"", (b":path", path), *more, without=b":path")
+    return frame(HEADERS, END_HEADERS | END_STREAM, 1, header_block(headers))
+
+
+async def test_a_call_whose_path_is_no_text_ends_nothing_and_is_as_unknown_as_any(
+    sidecar: Sidecar, make: Factory
+) -> None:
+    """gRPC's own server would listen no more."""
+    user = await make.user(micros=1_000)
+    path = Path(sidecar.address.removeprefix("unix:"))
+    for odd in (b"/\xff\xfe", b"/keyturn.v1.RoutingService/\xf6Decide", b"\xed\xa0\x80", b"/", b""):
+        answer = await said(path, call_of(odd))
+        assert b"There is no such method here." in answer, odd
+        assert (await sidecar.decide(user, cost_micros=1)).HasField("ticket"), "an open connection goes on"
+        async with grpc.aio.insecure_channel(
+            sidecar.address, options=[("grpc.use_local_subchannel_pool", 1)]
+        ) as channel:
+            assert (await health_of(channel).Check(asked(), timeout=30)).status == SERVING
+
+
+async def test_what_a_caller_can_have_grpc_complain_of_is_not_in_the_log(database: str) -> None:
+    """Neither that it has gone, nor metadata that is no text: a token would stand there."""
+    async with temporary_directory() as directory:
+        path = directory / "run" / "s"
+        async with serving(directory, "--listen", f"unix:{path}", KEYTURN_DATABASE_URL=database) as served:
+            token = (b"authorization", b"Bearer not-for-the-log \xff")
+            for _ in range(20):
+                await said(path, call_of(b"/keyturn.v1.RoutingService/Decide", token))
+            served.signal(signal.SIGTERM)
+            assert await served.end() == 0
+        assert "not-for-the-log" not in served.text
+        assert not [event for event in served.events if event["level"] == "error"]
+        assert not served.strays

@@ -443,9 +443,9 @@ func attempt[Request, Response any](
 		c.down.Store(false)
 	case isClosed(c.closed):
 		return nil, ErrClosed
-	case fault.Code == codes.Canceled && errors.Is(ctx.Err(), context.Canceled):
+	case errors.Is(ctx.Err(), context.Canceled):
 		return nil, canceled()
-	case fault.Code != codes.Unavailable && fault.Code != codes.DeadlineExceeded && fault.Code != codes.Canceled:
+	case fault.Code != codes.Unavailable && fault.Code != codes.DeadlineExceeded:
 		c.down.Store(false) // grpc on the other side, e.g. UNIMPLEMENTED: somebody is there
 	}
 	return nil, fault

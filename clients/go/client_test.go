@@ -274,6 +274,21 @@ func TestNothingElseIsTriedAgain(t *testing.T) {
 	}
 }
 
+func TestACallThatTheSidecarDroppedAsItEndedIsTriedAgain(t *testing.T) {
+	dropped := status.Error(codes.Canceled, "")
+	s := serve(t, &sidecar{
+		onDecide: scripted[keyturnv1.DecideRequest](ticketAnswer, dropped),
+		onRecord: scripted[keyturnv1.RecordRequest](recordAnswer, dropped),
+	})
+	client := s.open(t, keyturn.Options{})
+	_, err := client.Decide(t.Context(), request())
+	require(t, err)
+	_, err = client.Record(t.Context(), ticketRecord())
+	require(t, err)
+	equal(t, "attempts to decide", len(requests[*keyturnv1.DecideRequest](s)), 2)
+	equal(t, "attempts to record", len(s.records()), 2)
+}
+
 func TestRedeemIsNeverTriedAgain(t *testing.T) {
 	s := serve(t, &sidecar{onRedeem: scripted[keyturnv1.RedeemRequest](func() *keyturnv1.RedeemResponse { return nil }, unavailable("STORE_UNAVAILABLE"))})
 	_, err := s.open(t, keyturn.Options{}).Redeem(t.Context(), keyturn.NewSealedHandle(handleText))
@@ -449,6 +464,21 @@ func TestACanceledDecisionWithAnIDOfTheCallersIsExpectedAgain(t *testing.T) {
 	close(release)
 	client.Close()
 	equal(t, "records", len(s.records()), 0)
+}
+
+func TestACallThatItsCallerCanceledIsNotTriedAgain(t *testing.T) {
+	for _, most := range []int{1, 5} { // also where the last attempt is canceled
+		ctx, cancel := context.WithCancel(t.Context())
+		s := serve(t, &sidecar{onExplain: func(ctx context.Context, _ *keyturnv1.ExplainRequest) (*keyturnv1.ExplainResponse, error) {
+			cancel()
+			<-ctx.Done()
+			return nil, status.FromContextError(ctx.Err()).Err()
+		}})
+		_, err := s.open(t, keyturn.Options{Retries: keyturn.Retries{Attempts: most}}).Explain(ctx, request())
+		equal(t, "canceled", errors.Is(err, context.Canceled), true)
+		equal(t, "unavailable", errors.Is(err, keyturn.ErrUnavailable), false)
+		equal(t, "attempts", len(requests[*keyturnv1.ExplainRequest](s)), 1)
+	}
 }
 
 func TestADecisionThatWasCanceledBeforeIsNotSent(t *testing.T) {

@@ -32,7 +32,8 @@ import (
 //	ErrDeadlineExceeded    no answer in time, the call may have been carried out; it is ErrUnavailable too
 //	ErrInternal            a defect of the sidecar; Metadata may hold its error id
 //
-// Any other status (CANCELLED, UNIMPLEMENTED, …) is an Error without a kind. A DeniedError is no Error.
+// Any other status (UNIMPLEMENTED, …) is an Error without a kind. CANCELLED by the other side is UNAVAILABLE: a sidecar that
+// ends drops so what it has not looked at yet. A DeniedError is no Error.
 //
 // Its text is fit for logs: it never holds a secret.
 type Error struct {
@@ -149,13 +150,19 @@ func invalid(format string, arguments ...any) error {
 	return fmt.Errorf("%w: "+format, append([]any{ErrInvalid}, arguments...)...)
 }
 
-// errorOf is the fault that grpc reports.
+// errorOf is the fault that grpc reports, of a call that nobody here canceled.
 func errorOf(failure error) *Error {
 	reported, _ := status.FromError(failure)
 	if statusCode, message, ok := unmasked(reported.Message()); ok {
 		return build(statusCode, message, nil)
 	}
-	return build(reported.Code(), reported.Message(), reported.Proto().GetDetails())
+	statusCode, details := reported.Code(), reported.Proto().GetDetails()
+	if statusCode == codes.Canceled && len(details) == 0 {
+		// Not by us: a caller who is gone gets no fault. It is what gRPC's core makes of calls that a server which ends
+		// has not looked at yet (github.com/grpc/grpc/issues/41785).
+		statusCode = codes.Unavailable
+	}
+	return build(statusCode, reported.Message(), details)
 }
 
 // errorOfItem is the fault of one item of a batch.

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
+from keyturn_server.dumps import forbid_dumps
+
 
 def main() -> None:
     """Run the command line; without the extra `server`, say what to install."""
+    # Commands hold secrets as well, if not for long. Where it cannot be done, `serve` says so.
+    forbid_dumps()
     # gRPC's core writes lines that are no JSON; what matters of them reaches us as errors.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from keyturn_server.access_file import Callers, parse_callers
 from keyturn_server.audit import Audit, Sink, open_audit
 from keyturn_server.configuration import Configuration
 from keyturn_server.decide import Decider
-from keyturn_server.errors import KeyturnFault, StoreUnavailable
+from keyturn_server.errors import KeyturnFault, SpoolCause, StoreUnavailable
 from keyturn_server.explain import Explainer
 from keyturn_server.flags import FlagSetter
 from keyturn_server.freshness import PushedCache
@@ -26,10 +27,13 @@ from keyturn_server.keys.envelope import Unreadable
 from keyturn_server.keys.keyring import Keyring
 from keyturn_server.keys.provider_checks import KeyCheck, ProviderChecks, open_provider_checks
 from keyturn_server.keys.tokens import TokenSealer
+from keyturn_server.ledger import KeyUse, Outcome
 from keyturn_server.metrics import Metrics
+from keyturn_server.metrics_page import MetricsPage
 from keyturn_server.prices import PriceBook
 from keyturn_server.profiles import Profile, StoredKey
 from keyturn_server.rate_limits import RateLimits, WindowStorage
+from keyturn_server.record import Books as RecordBooks
 from keyturn_server.record import Recorder
 from keyturn_server.redeem import Redeemer
 from keyturn_server.rpc.access import Access
@@ -41,11 +45,11 @@ from keyturn_server.rpc.pages import Pages
 from keyturn_server.rpc.report_service import ReportService
 from keyturn_server.rpc.routing_service import RoutingService
 from keyturn_server.rpc.user_service import UserService
-from keyturn_server.serving import Admission, Health, Services, claimed, serving
+from keyturn_server.serving import Admission, Health, Limits, Services, checked, claimed, serving
 from keyturn_server.settings import Settings
 from keyturn_server.simulation import Simulator
 from keyturn_server.store.credits import Books
-from keyturn_server.store.database import Database, open_database
+from keyturn_server.store.database import Database, Watch, open_database
 from keyturn_server.store.flags import FlagTable
 from keyturn_server.store.ledger import Ledger, open_ledger
 from keyturn_server.store.migrate import migrate
@@ -55,6 +59,8 @@ from keyturn_server.store.redemptions import Redemptions
 from keyturn_server.store.reports import Reports
 from keyturn_server.store.settings import load_configuration, load_token_roots
 from keyturn_server.store.simulation import RequestLog
+from keyturn_server.store.spool import Kept, Spool, SpoolState, open_spool, workers_in
+from keyturn_server.store.spooling import Drain, SpoolingBooks
 from keyturn_server.store.user_keys import UserKeyRows
 from keyturn_server.tls import watched_tls
 from keyturn_server.user_keys import UserKeys
@@ -63,12 +69,17 @@ from keyturn_server.watched import Watched
 
 PUSH_SERVICE = "keyturn.push"
 """The name under which health tells whether changes in the database are announced."""
+DATABASE_SERVICE = "keyturn.database"
+"""The same, whether the database is there and takes writes."""
+SPOOL_SERVICE = "keyturn.spool"
+"""The same, whether records can be kept on our own disk."""
 
 _EVERYTHING = "all"
 _MOST_SWEPT = 1000
 _FORGET_INTERVAL = timedelta(minutes=1)
 _MAX_WINDOWS = 1_000_000
 _LOOK_INTERVAL = timedelta(seconds=1)
+_DRAIN_PAUSE = timedelta(seconds=2)
 
 
 class NoDatabase(KeyturnFault):
@@ -89,8 +100,57 @@ class WrongMasterKey(KeyturnFault):
 class _Configurations:
     cache: PushedCache[Configuration]
 
-    async def get(self) -> Configuration:
-        return await self.cache.get(_EVERYTHING)
+    def get(self) -> Coroutine[Any, Any, Configuration]:
+        return self.cache.get(_EVERYTHING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LastKnown:
+    """What decisions are made from while the database is away."""
+
+    configurations: PushedCache[Configuration]
+    profiles: PushedCache[Profile]
+
+    def configuration(self) -> tuple[Configuration, timedelta] | None:
+        return self.configurations.last_known(_EVERYTHING)
+
+    def profile(self, user_id: str) -> tuple[Profile, timedelta] | None:
+        return self.profiles.last_known(user_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _EverKnown:
+    """What records are made with while the database is away."""
+
+    configurations: PushedCache[Configuration]
+    profiles: PushedCache[Profile]
+
+    def configuration(self) -> Configuration | None:
+        return self.configurations.ever_known(_EVERYTHING)
+
+    def profile(self, user_id: str) -> Profile | None:
+        return self.profiles.ever_known(user_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeyStates:
+    """Has the next decision see what an outcome made of a key."""
+
+    profiles: PushedCache[Profile]
+
+    async def changed(self, user_id: str) -> None:
+        await self.profiles.expire(user_id)
+
+    async def will_change(self, use: KeyUse) -> None:
+        """A record of this use waits in the spool: until it is drained we alone know what it says."""
+        changes: dict[str, object] = {}
+        if use.report.outcome is Outcome.AUTH_REJECTED:
+            changes = {"is_valid": False}
+        elif use.cooldown is not None:
+            changes = {"cooldown_until": _now() + use.cooldown}
+        await self.profiles.amend(
+            use.user_id, lambda profile: profile.with_key(use.key_id, use.key_revision, **changes)
+        )
 
 
 @asynccontextmanager
@@ -104,30 +164,79 @@ async def sidecar(
     The addresses come back as they are listened on. At the end of the block it drains: calls in
     flight are finished, what the ledger has queued is carried out, everything is closed. Raises
     `AddressError`, `AccessFileError`, `TlsError`, `UnreadableFile`, `KeyringError`, `WrongMasterKey`,
-    `NoDatabase`, `DatabaseRefused`, `MigrationError`, `EmbeddedPostgresError` and `StoreUnavailable`.
+    `NoDatabase`, `DatabaseRefused`, `MigrationError`, `EmbeddedPostgresError`, `SpoolError`,
+    `MetricsAddressError` and `StoreUnavailable`.
     """
+    check_database(settings)
+    admission = admission_of(settings)
+    page = None if settings.metrics is None else MetricsPage.at(settings.metrics)
+    with claimed(addresses_of(settings), admission) as addresses:
+        async with _serving(
+            settings, admission, addresses, page, shares_ports=False, log=log, audit=audit
+        ) as bound:
+            yield bound
+
+
+@asynccontextmanager
+async def worker(
+    settings: Settings, *, page: MetricsPage | None, log: Any, audit: Sink
+) -> AsyncIterator[tuple[str, ...]]:
+    """The same for one of several processes that share the TCP ports of `settings`. Somebody else claims the
+    addresses for all of them."""
+    admission = admission_of(settings)
+    addresses = checked(addresses_of(settings), admission)
+    async with _serving(
+        settings, admission, addresses, page, shares_ports=True, log=log, audit=audit
+    ) as bound:
+        yield bound
+
+
+def check_database(settings: Settings) -> None:
+    """Raises `NoDatabase` unless there is one."""
     if (settings.database_url is None) == (settings.embedded is None):
         raise NoDatabase
-    addresses = settings.listen or (f"unix:{default_socket()}",)
-    admission = Admission(
+
+
+def addresses_of(settings: Settings) -> tuple[str, ...]:
+    """Where to listen."""
+    return settings.listen or (f"unix:{default_socket()}",)
+
+
+def admission_of(settings: Settings) -> Admission:
+    """How callers may come in. Raises `AccessFileError`, `TlsError` and `UnreadableFile`."""
+    return Admission(
         insecure_loopback=settings.insecure_loopback,
         callers=_watched_callers(settings),
         tls=watched_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca),
     )
-    with claimed(addresses, admission) as checked:
-        async with (
-            _services(settings, admission, log=log, sink=audit or sys.stderr) as services,
-            serving(
-                services,
-                checked,
-                tls=admission.tls,
-                with_reflection=settings.reflection,
-                metrics_address=settings.metrics,
-                drain_timeout=settings.drain_timeout,
-                log=log,
-            ) as bound,
-        ):
-            yield bound
+
+
+@asynccontextmanager
+async def _serving(
+    settings: Settings,
+    admission: Admission,
+    addresses: tuple[str, ...],
+    page: MetricsPage | None,
+    *,
+    shares_ports: bool,
+    log: Any,
+    audit: Sink | None,
+) -> AsyncIterator[tuple[str, ...]]:
+    async with (
+        _services(settings, admission, log=log, sink=audit or sys.stderr) as services,
+        serving(
+            services,
+            addresses,
+            tls=admission.tls,
+            with_reflection=settings.reflection,
+            metrics_page=page,
+            shares_ports=shares_ports,
+            limits=Limits(first_words=settings.receive_timeout, idle=settings.idle_timeout),
+            drain_timeout=settings.drain_timeout,
+            log=log,
+        ) as bound,
+    ):
+        yield bound
 
 
 @asynccontextmanager
@@ -142,8 +251,11 @@ async def _services(
     async with AsyncExitStack() as stack:
         audit = stack.enter_context(open_audit(sink, on_lost=metrics.lost_audit_lines.inc))
         dsn = await database_url(settings, stack, log)
+        spool = await _open_spool(settings, stack, _SpoolNews(metrics, health, log))
         applied = await migrate(
-            dsn, on_wait=lambda: log.warning("migration_waits", reason="another one runs")
+            dsn,
+            connect_timeout=settings.connect_timeout,
+            on_wait=lambda: log.warning("migration_waits", reason="another one runs"),
         )
         if applied:
             log.info("migrated", migrations=[f"{one.version:04d}_{one.name}" for one in applied])
@@ -160,6 +272,10 @@ async def _services(
         sealer = TokenSealer(await load_token_roots(database))
         await asyncio.to_thread(PriceBook.warm)
         ledger = await stack.enter_async_context(open_ledger(database, on_group=metrics.grouped))
+        drain = None
+        if spool is not None:
+            drain = _drain_of(spool, ledger, sealer, database, metrics, log)
+            stack.push_async_callback(drain.finish)
         checks = await stack.enter_async_context(
             open_provider_checks(
                 timeout=settings.provider_timeout,
@@ -181,6 +297,14 @@ async def _services(
             max_entries=settings.cached_profiles,
         )
         background = await stack.enter_async_context(_Background())
+        watch = Watch(
+            database,
+            dsn,
+            limit=settings.silence_timeout,
+            on_change=_DatabaseNews(metrics, health, log),
+        )
+        health.report(DATABASE_SERVICE, well=True)
+        background.start(watch.run(), name="watch")
         await _start_push(
             *(dsn, database, settings, configurations, profiles, metrics, health, log, background),
             master_key_id=keyring.current.id if keyring else None,
@@ -188,11 +312,15 @@ async def _services(
         background.start(_sweep(ledger, settings.sweep_interval, metrics, log), name="sweep")
         background.start(_forget(ledger, log), name="forget")
         background.start(_reload(admission, metrics, log), name="reload")
+        if spool is not None and drain is not None:
+            background.start(spool.keep_looking(), name="spool")
+            background.start(_drain(drain, log), name="drain")
 
         parts = _Parts(
             settings=settings,
             database=database,
             ledger=ledger,
+            records=ledger if spool is None else _spooling(ledger, spool, sealer, metrics),
             configurations=_Configurations(cache=configurations),
             profiles=profiles,
             keyring=keyring,
@@ -203,11 +331,15 @@ async def _services(
                 log=log,
                 on_call=metrics.called,
                 on_denied=_Denials(metrics, log),
+                on_shed=_Sheddings(metrics, log),
+                max_concurrent_calls=settings.max_concurrent_calls,
             ),
             audit=audit,
             metrics=metrics,
             log=log,
         )
+        metrics.calls_in_flight.set_function(lambda: parts.guard.in_flight)
+        background.start(parts.guard.give_up_bodies(settings.receive_timeout), name="bodies")
         if keyring is None:
             log.warning("byok_off", reason="ENCRYPTION_KEY is not set: own keys cannot be opened or saved")
         else:
@@ -240,6 +372,135 @@ async def database_url(settings: Settings, stack: AsyncExitStack, log: Any) -> s
 
     postgres = await stack.enter_async_context(EmbeddedPostgres(settings.embedded, log=log))
     return postgres.dsn
+
+
+async def _open_spool(settings: Settings, stack: AsyncExitStack, news: _SpoolNews) -> Spool | None:
+    directory = settings.spool_directory
+    if directory is None:
+        news.log.warning(
+            "spool_off", reason="KEYTURN_SPOOL is not set: without the database no record is taken"
+        )
+        return None
+    news.health.report(SPOOL_SERVICE, well=True)
+    spool = await stack.enter_async_context(
+        open_spool(
+            directory,
+            max_records=settings.spool_max_records,
+            max_bytes=settings.spool_max_bytes,
+            on_state=news,
+        )
+    )
+    news.log.info("spool_on", directory=str(directory), waiting=spool.figures.waiting)
+    await _take_over(spool, directory, settings.workers, news.log)
+    return spool
+
+
+async def _take_over(spool: Spool, directory: Path, workers: int, log: Any) -> None:
+    """What waits in the spools of workers that there are no more is ours."""
+    for worker, theirs in workers_in(directory).items():
+        if worker < workers:
+            continue
+        try:
+            records, left = await spool.take_over(theirs)
+        except KeyturnFault as error:
+            # It is tried again at the next start.
+            log.error("spool_left", directory=str(theirs), reason=str(error))
+            continue
+        if records:
+            log.info("spool_taken_over", directory=str(theirs), records=records)
+        if left:
+            log.error("spool_left", directory=str(theirs), reason=f"{left} records have no place here yet")
+
+
+def _spooling(ledger: Ledger, spool: Spool, sealer: TokenSealer, metrics: Metrics) -> SpoolingBooks:
+    return SpoolingBooks(ledger, spool, sealer, clock=_now, on_spooled=metrics.spooled_records.inc)
+
+
+def _drain_of(
+    spool: Spool, ledger: Ledger, sealer: TokenSealer, database: Database, metrics: Metrics, log: Any
+) -> Drain:
+    next_line = 0.0
+
+    def drained(count: int) -> None:
+        metrics.drained_records.inc(count)
+        log.info("spool_drained", records=count)
+
+    def set_aside(record: Kept, cause: str) -> None:
+        log.error("record_set_aside", decision_id=str(record.id), user_id=record.user_id, cause=cause)
+
+    def failed(record: Kept, error: Exception) -> None:
+        nonlocal next_line
+        if (now := time.monotonic()) >= next_line:
+            next_line = now + 1
+            log.error(
+                "record_not_drained", decision_id=str(record.id), user_id=record.user_id, exc_info=error
+            )
+
+    return Drain(
+        spool,
+        ledger,
+        sealer,
+        is_away=lambda: database.is_away,
+        clock=_now,
+        on_drained=drained,
+        on_set_aside=set_aside,
+        on_failed=failed,
+    )
+
+
+async def _drain(drain: Drain, log: Any) -> None:
+    """Bring what is spooled to the database, again and again, until cancelled."""
+    while True:
+        pause = _DRAIN_PAUSE
+        with _postponed("drain", log):
+            pause = await drain.step()
+        await asyncio.sleep(pause.total_seconds())
+
+
+class _SpoolNews:
+    """Tells how the spool is: in metrics and health, and in the log when that changes."""
+
+    def __init__(self, metrics: Metrics, health: Health, log: Any) -> None:
+        self._metrics = metrics
+        self.health = health
+        self.log = log
+        self._cause: SpoolCause | None = None
+
+    def __call__(self, state: SpoolState) -> None:
+        figures = state.figures
+        self._metrics.spool(
+            well=state.cause is None,
+            waiting=figures.waiting,
+            set_aside=figures.set_aside,
+            file_bytes=figures.file_bytes,
+            oldest=figures.oldest,
+        )
+        if state.cause is self._cause:
+            return
+        self._cause = state.cause
+        self.health.report(SPOOL_SERVICE, well=state.cause is None)
+        if state.cause is None:
+            self.log.info("spool_back")
+        else:
+            self.log.error("spool_unavailable", cause=state.cause.value, error=state.error)
+
+
+class _DatabaseNews:
+    """Tells when the database goes away and comes back: in metrics, health and the log."""
+
+    def __init__(self, metrics: Metrics, health: Health, log: Any) -> None:
+        self._metrics = metrics
+        self._health = health
+        self._log = log
+        metrics.database_up.set(1)
+
+    def __call__(self, is_there: bool, error: str, sqlstate: str) -> None:
+        self._metrics.database_up.set(is_there)
+        self._health.report(DATABASE_SERVICE, well=is_there)
+        if is_there:
+            self._log.info("database_back")
+        else:
+            self._log.warning("database_away", error=error, sqlstate=sqlstate)
 
 
 class _Complaints:
@@ -320,6 +581,21 @@ class _Denials:
             self._log.warning("access_denied", code=code, method=method, caller=caller)
 
 
+class _Sheddings:
+    """Tells of calls that were one too many: each in the metrics, one a second in the log."""
+
+    def __init__(self, metrics: Metrics, log: Any) -> None:
+        self._metrics = metrics
+        self._log = log
+        self._next_line = 0.0
+
+    def __call__(self, method: str) -> None:
+        self._metrics.shed(method)
+        if (now := time.monotonic()) >= self._next_line:
+            self._next_line = now + 1
+            self._log.warning("overloaded", method=method)
+
+
 class _KeyChecks:
     """Tells of keys that a provider was asked about: in the metrics, and of vain questions in the log."""
 
@@ -380,12 +656,12 @@ async def _start_push(
         await profiles.expire_all(pushed=True)
         await configurations.get(_EVERYTHING)
         metrics.push_up.set(1)
-        await health.report(PUSH_SERVICE, well=True)
+        health.report(PUSH_SERVICE, well=True)
         first_up.set()
 
     async def down() -> None:
         metrics.push_up.set(0)
-        await health.report(PUSH_SERVICE, well=False)
+        health.report(PUSH_SERVICE, well=False)
         await configurations.expire_all(pushed=False)
         await profiles.expire_all(pushed=False)
         # The pool's connections led to the same server.
@@ -476,6 +752,7 @@ class _Parts:
     settings: Settings
     database: Database
     ledger: Ledger
+    records: RecordBooks
     configurations: _Configurations
     profiles: PushedCache[Profile]
     keyring: Keyring | None
@@ -544,15 +821,18 @@ def _routing_service(parts: _Parts) -> RoutingService:
     decider = Decider(
         configurations=parts.configurations,
         profiles=parts.profiles,
+        remembered=_LastKnown(configurations=parts.configurations.cache, profiles=parts.profiles),
         holds=parts.ledger,
         limits=limits,
         keyring=parts.keyring,
         sealer=parts.sealer,
         prices=prices,
+        degraded_for=parts.settings.degraded_for,
         default_hold_micros=parts.settings.default_hold_micros,
         default_ttl=parts.settings.hold_ttl,
         clock=_now,
         on_unreadable=unreadable,
+        on_degraded=parts.metrics.degraded_decisions.inc,
     )
     return RoutingService(
         decider=decider,
@@ -568,12 +848,13 @@ def _routing_service(parts: _Parts) -> RoutingService:
         recorder=Recorder(
             configurations=parts.configurations,
             profiles=parts.profiles,
-            books=parts.ledger,
+            remembered=_EverKnown(configurations=parts.configurations.cache, profiles=parts.profiles),
+            books=parts.records,
             keyring=parts.keyring,
             sealer=parts.sealer,
             prices=prices,
             clock=_now,
-            on_key_state=parts.profiles.expire,
+            key_states=_KeyStates(profiles=parts.profiles),
         ),
         redeemer=Redeemer(
             profiles=parts.profiles,

@@ -37,37 +37,32 @@ class Audit:
     def __init__(self, sink: Sink, *, on_lost: Callable[[int], None]) -> None:
         self._sink = sink
         self._on_lost = on_lost
-        self._lines: list[str] = []
+        self._handed_out: list[tuple[str, str, UUID, UUID, str, datetime]] = []
 
     def secret_handed_out(
         self, caller: Caller, *, user_id: str, key_id: UUID, decision_id: UUID, by: str
     ) -> None:
         """A secret leaves for `caller`, by the method `by`. Written within a few milliseconds.
 
-        Escaped to ASCII, since some readers end a line at U+2028. The ids are not scrubbed: it would
-        cost more than all the rest, and might strike out what the line is there for; and a user who
-        has a key has an id that is in the tables anyway.
+        The ids are not scrubbed: it would cost more than all the rest, and might strike out what the line
+        is there for; and a user who has a key has an id that is in the tables anyway.
         """
-        if not self._lines:
+        if not self._handed_out:
             asyncio.get_running_loop().call_later(_LONGEST_WAIT.total_seconds(), self.flush)
-        self._lines.append(
-            f'{{"caller": {quoted(caller.name)}, "user_id": {quoted(user_id)}, "key_id": "{key_id}", '
-            f'"decision_id": "{decision_id}", "by": {quoted(by)}, "event": "{SECRET_HANDED_OUT}", '
-            f'"level": "info", "timestamp": "{_now()}"}}\n'
-        )
+        self._handed_out.append((caller.name, user_id, key_id, decision_id, by, datetime.now(UTC)))
 
     def changed(self, caller: Caller, action: str, **facts: str | int | bool) -> None:
         """`caller` has changed something by the method `action`. The facts are ids, never a secret."""
         self.flush()
         event = {"caller": caller.name, "action": action, **facts, "event": OPERATOR_CHANGE}
-        line = scrub_event(None, "info", {**event, "level": "info", "timestamp": _now()})
+        line = scrub_event(None, "info", {**event, "level": "info", "timestamp": _stamp(datetime.now(UTC))})
         self._write(f"{json.dumps(line)}\n", 1)
 
     def flush(self) -> None:
         """Write what waits."""
-        if self._lines:
-            lines, self._lines = self._lines, []
-            self._write("".join(lines), len(lines))
+        if self._handed_out:
+            facts, self._handed_out = self._handed_out, []
+            self._write("".join(_handed_out(*each) for each in facts), len(facts))
 
     def _write(self, text: str, lines: int) -> None:
         try:
@@ -91,5 +86,14 @@ def open_audit(sink: Sink, *, on_lost: Callable[[int], None]) -> Iterator[Audit]
         audit.flush()
 
 
-def _now() -> str:
-    return f"{datetime.now(UTC).replace(tzinfo=None).isoformat()}Z"
+def _handed_out(caller: str, user_id: str, key_id: UUID, decision_id: UUID, by: str, at: datetime) -> str:
+    # Escaped to ASCII, since some readers end a line at U+2028.
+    return (
+        f'{{"caller": {quoted(caller)}, "user_id": {quoted(user_id)}, "key_id": "{key_id}", '
+        f'"decision_id": "{decision_id}", "by": {quoted(by)}, "event": "{SECRET_HANDED_OUT}", '
+        f'"level": "info", "timestamp": "{_stamp(at)}"}}\n'
+    )
+
+
+def _stamp(at: datetime) -> str:
+    return f"{at.replace(tzinfo=None).isoformat()}Z"

@@ -2,6 +2,9 @@
 
 A decision reads the cached configuration and profile, asks the pure policy for a plan, and asks the
 ledger for a hold only where credits stand first in it. The own-key path touches no database.
+
+While the database cannot be asked an own key is decided on from what was last known, for a bounded
+time. Nothing else is: credits, denials and users that nobody remembers wait for the database.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from uuid import UUID
 
 from keyturn.secret import Secret
 from keyturn_server.configuration import Configuration, Provider
-from keyturn_server.errors import InvalidFields, RequestIdReused
+from keyturn_server.errors import InvalidFields, RequestIdReused, StoreUnavailable
 from keyturn_server.ids import new_id
-from keyturn_server.keys.envelope import Unreadable, open_sealed
+from keyturn_server.keys.envelope import Unreadable, opener
 from keyturn_server.keys.keyring import Keyring
 from keyturn_server.keys.tokens import HandleClaims, TicketClaims, TokenSealer
 from keyturn_server.ledger import Balance, HoldAnswer, HoldRequest, HoldStatus, KeyState
@@ -52,6 +55,14 @@ class Profiles(Protocol):
     """Where profiles come from. Raises `UserNotFound`."""
 
     async def get(self, key: str) -> Profile: ...
+
+
+class LastKnown(Protocol):
+    """What is remembered for when the database cannot be asked, and for how long nobody could have said
+    that it is out of date."""
+
+    def configuration(self) -> tuple[Configuration, timedelta] | None: ...
+    def profile(self, user_id: str) -> tuple[Profile, timedelta] | None: ...
 
 
 class Holds(Protocol):
@@ -123,6 +134,19 @@ class Decision:
     message: str
     replayed: bool
     route: KeyRoute | TicketRoute | Denied
+    degraded: bool = False
+    """Whether it was made from what was last known, because the database could not be asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remembered:
+    """What a decision is made from while the database cannot be asked."""
+
+    configuration: Configuration
+    provider: Provider
+    profile: Profile
+    age: timedelta
+    """For how long nobody could have said that it is out of date."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +158,24 @@ class _CreditsAnswer:
     retry_after: timedelta | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planned:
+    """A plan that holds as long as its configuration and its profile do, whatever the time."""
+
+    configuration: Configuration
+    plan: Plan
+    key: StoredKey | None
+    opener: Callable[[], Secret] | None = field(repr=False)
+
+    def opened(self) -> tuple[Plan, StoredKey | None, Secret | None]:
+        return self.plan, self.key, None if self.opener is None else self.opener()
+
+
 class Decider:
     """Makes decisions. Safe for any number of callers at once.
 
-    `on_unreadable` hears of a stored key that does not open, once a decision.
+    `on_unreadable` hears of a stored key that does not open, once a decision; `on_degraded` of each
+    decision made from what is `remembered`, which is trusted for `degraded_for`.
     """
 
     def __init__(
@@ -145,18 +183,24 @@ class Decider:
         *,
         configurations: Configurations,
         profiles: Profiles,
+        remembered: LastKnown,
         holds: Holds,
         limits: RateLimits,
         keyring: Keyring | None,
         sealer: TokenSealer,
         prices: PriceBook,
+        degraded_for: timedelta,
         default_hold_micros: int,
         default_ttl: timedelta,
         clock: Callable[[], datetime],
         on_unreadable: Callable[[str, StoredKey, Unreadable], None],
+        on_degraded: Callable[[], None],
     ) -> None:
         self._configurations = configurations
         self._profiles = profiles
+        self._remembered = remembered
+        self._degraded_for = degraded_for
+        self._on_degraded = on_degraded
         self._holds = holds
         self._limits = limits
         self._keyring = keyring
@@ -173,14 +217,17 @@ class Decider:
         Raises `InvalidFields` (unknown provider, a failed handle of somebody else), `InvalidToken`,
         `UserNotFound`, `RequestIdReused` and `StoreUnavailable`.
         """
-        configuration = await self._configurations.get()
-        provider = provider_of(configuration, ask.provider)
-        profile = await self._profiles.get(ask.user_id)
+        try:
+            configuration = await self._configurations.get()
+            provider = provider_of(configuration, ask.provider)
+            profile = await self._profiles.get(ask.user_id)
+        except StoreUnavailable:
+            return self._decide_degraded(ask)
         now = self._clock()
         plan, key, secret = self.plan(ask, configuration, provider, profile, now)
 
         answer = None
-        if plan.paths and plan.paths[0] is Path.CREDITS:
+        if stands_first(Path.CREDITS, plan):
             answer = await self._ask_credits(ask, configuration, profile, plan, now)
         verdict = conclude(plan, answer.credits if answer else None)
 
@@ -189,6 +236,31 @@ class Decider:
         if verdict.path is Path.CREDITS and answer is not None and answer.hold is not None:
             return self._ticket(ask, plan, verdict, answer.hold)
         return self.denial(plan, verdict, answer.retry_after if answer else None, now)
+
+    def _decide_degraded(self, ask: Ask) -> Decision:
+        """An own key, where it stands first. Raises `StoreUnavailable` for whatever else would be."""
+        last = self.remembered(ask)
+        now = self._clock()
+        plan, key, secret = self.plan(ask, last.configuration, last.provider, last.profile, now)
+        if key is None or not stands_first(Path.OWN_KEY, plan):
+            raise StoreUnavailable
+        decision = self._own_key(ask, plan, conclude(plan, None), last.provider, key, secret, now)
+        self._on_degraded()
+        return degraded(decision)
+
+    def remembered(self, ask: Ask) -> Remembered:
+        """What to decide from while the database cannot be asked.
+
+        Raises `StoreUnavailable` where that is not known, or was too long ago.
+        """
+        configuration, profile = self._remembered.configuration(), self._remembered.profile(ask.user_id)
+        if configuration is None or profile is None:
+            raise StoreUnavailable
+        provider = configuration[0].providers.get(ask.provider)
+        age = max(configuration[1], profile[1])
+        if provider is None or age > self._degraded_for:
+            raise StoreUnavailable
+        return Remembered(configuration=configuration[0], provider=provider, profile=profile[0], age=age)
 
     # -- the plan ---------------------------------------------------------------------------------
 
@@ -200,8 +272,17 @@ class Decider:
         profile: Profile,
         now: datetime,
     ) -> tuple[Plan, StoredKey | None, Secret | None]:
-        """The plan, and the key it stands on, opened: a key that does not open is not usable."""
+        """The plan, and the key it stands on, opened: a key that does not open is not usable.
+
+        What depends on neither the time nor handles that failed is planned once for each profile. The
+        secret is opened every time: it is not kept.
+        """
+        kind = (ask.provider, ask.constraint.value)
+        planned: _Planned | None = profile.planned.get(kind)
+        if planned is not None and planned.configuration is configuration and not ask.failed_key_handles:
+            return planned.opened()
         stored = profile.keys_for(ask.provider)
+        lasts = not ask.failed_key_handles and all(key.cooldown_until is None for key in stored)
         refused = self.refused_keys(ask)
         world = World(
             flags=configuration.flags,
@@ -215,11 +296,19 @@ class Decider:
         while True:
             plan = choose_route(world, now=now)
             key = next((key for key in stored if key.id == plan.key_id), None)
-            if key is None or self._keyring is None:
-                return plan, None, None
+            opener = None
             try:
-                return plan, key, open_key(self._keyring, ask.user_id, key)
+                if key is not None and self._keyring is not None:
+                    opener = opener_of(self._keyring, ask.user_id, key)
+                planned = _Planned(configuration=configuration, plan=plan, key=key, opener=opener)
+                opened = planned.opened()
+                if lasts:
+                    profile.planned[kind] = planned
+                return opened
             except Unreadable as error:
+                if key is None:
+                    raise
+                lasts = False  # every decision tells of it
                 self._on_unreadable(ask.user_id, key, error)
                 world = replace(
                     world,
@@ -389,9 +478,25 @@ class Decider:
         )
 
 
+def stands_first(path: Path, plan: Plan) -> bool:
+    """Whether this is what pays, if it can."""
+    return plan.paths[:1] == (path,)
+
+
+def degraded(decision: Decision) -> Decision:
+    """The decision as one that was made without the database."""
+    message = f"{decision.message} The database cannot be reached: this is from what was last known."
+    return replace(decision, message=message, degraded=True)
+
+
 def open_key(keyring: Keyring, user_id: str, key: StoredKey) -> Secret:
     """The secret of a stored key. Raises `Unreadable`."""
-    return open_sealed(keyring, key.ciphertext, user_id=user_id, provider=key.provider, row_id=key.id)
+    return opener_of(keyring, user_id, key)()
+
+
+def opener_of(keyring: Keyring, user_id: str, key: StoredKey) -> Callable[[], Secret]:
+    """What opens a stored key, over and over. Both raise `Unreadable`."""
+    return opener(keyring, key.ciphertext, user_id=user_id, provider=key.provider, row_id=key.id)
 
 
 def opens(keyring: Keyring | None, user_id: str, key: StoredKey) -> bool:

@@ -21,9 +21,10 @@
     ├── LabelTaken            two keys of one user for one provider under one label
     ├── GrantConflict         one request_id, two amounts
     ├── LockoutNotAcknowledged
-    ├── Overloaded            more is queued than can be done in time
+    ├── Overloaded            there is more to do than can be done in time
     └── StoreUnavailable      PostgreSQL cannot be reached, or did not answer in time
-        └── RowLocked         somebody else keeps a row locked that the request needs
+        ├── RowLocked         somebody else keeps a row locked that the request needs
+        └── SpoolUnavailable  and a record cannot be made durable on our own disk either
 
 A garbled or foreign token is `keys.tokens.InvalidToken`. Messages are safe to show to the caller.
 """
@@ -31,6 +32,7 @@ A garbled or foreign token is `keys.tokens.InvalidToken`. Messages are safe to s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from enum import StrEnum
 
 
 class KeyturnFault(Exception):  # noqa: N818 - faults are named for what they mean
@@ -206,8 +208,26 @@ class RowLocked(StoreUnavailable):
         KeyturnFault.__init__(self, "A row that this request needs is locked by somebody else.")
 
 
+class SpoolCause(StrEnum):
+    """Why a record was not spooled."""
+
+    FULL = "full"
+    """The spool holds as much as it may."""
+    DISK = "disk"
+    """The disk takes nothing: full, read-only, broken, or the file is locked."""
+
+
+class SpoolUnavailable(StoreUnavailable):
+    """The database cannot be reached, and the record is not durable on our own disk either."""
+
+    def __init__(self, cause: SpoolCause) -> None:
+        self.cause = cause
+        why = "is full" if cause is SpoolCause.FULL else "takes nothing"
+        KeyturnFault.__init__(self, f"The database cannot be reached, and the spool {why}.")
+
+
 class Overloaded(KeyturnFault):
-    """More is queued than can be done in time; nothing was done."""
+    """There is more to do than can be done in time; nothing was done."""
 
     def __init__(self) -> None:
         super().__init__("Too many requests are waiting.")

@@ -18,11 +18,15 @@ from keyturn_server.decide import (
     Holds,
     KeyRoute,
     Profiles,
+    Remembered,
     TicketRoute,
+    degraded,
     open_key,
     provider_of,
+    stands_first,
     state_of,
 )
+from keyturn_server.errors import StoreUnavailable
 from keyturn_server.ids import new_id
 from keyturn_server.keys.envelope import Unreadable
 from keyturn_server.keys.keyring import Keyring
@@ -71,32 +75,39 @@ class Explainer:
 
         Raises what `decide` raises, but for `RequestIdReused`: no request id is looked up.
         """
-        configuration = await self._configurations.get()
-        provider = provider_of(configuration, ask.provider)
-        profile = await self._profiles.get(ask.user_id)
+        last = None
+        try:
+            configuration = await self._configurations.get()
+            provider = provider_of(configuration, ask.provider)
+            profile = await self._profiles.get(ask.user_id)
+        except StoreUnavailable:
+            last = self._decider.remembered(ask)
+            configuration, provider, profile = last.configuration, last.provider, last.profile
         now = self._clock()
         plan, key, _ = self._decider.plan(ask, configuration, provider, profile, now)
         amount_micros = self._decider.hold_micros(ask, configuration, now)
-        balance = await self._holds.balance(ask.user_id)
+        balance = await self._balance(ask.user_id)
         limited = await self._limits.peek(ask.user_id, configuration.tier_of(profile.tier))
 
         answer = None
-        if plan.paths and plan.paths[0] is Path.CREDITS:
+        if stands_first(Path.CREDITS, plan):
+            if balance is None:
+                raise StoreUnavailable
             answer = _credits_now(balance, amount_micros, limited, plan)
         verdict = conclude(plan, answer)
+        if last is not None and verdict.path is not Path.OWN_KEY:
+            raise StoreUnavailable
         decision = self._explained(plan, verdict, provider, key, amount_micros, balance, limited, now)
+        if last is not None:
+            decision = degraded(decision)
         steps = [
+            *_database_steps(last, balance),
             *_flag_steps(configuration),
             Step("mode", plan.mode.value, "What the three flags make together."),
             Step("provider", "enabled" if provider.is_enabled else "disabled", provider.id),
             *_tier_steps(configuration, profile),
             *self._key_steps(ask, profile, now),
-            Step(
-                "credits",
-                "enough" if balance.available_micros >= amount_micros else "short",
-                f"Balance {_usd(balance.balance_micros)}, held {_usd(balance.held_micros)}, "
-                f"available {_usd(balance.available_micros)}; this request holds {_usd(amount_micros)}.",
-            ),
+            _credits_step(balance, amount_micros),
             Step(
                 "rate limit",
                 "reached" if limited else "room",
@@ -112,6 +123,13 @@ class Explainer:
         ]
         return decision, steps
 
+    async def _balance(self, user_id: str) -> Balance | None:
+        """The user's credits; None while nobody can say."""
+        try:
+            return await self._holds.balance(user_id)
+        except StoreUnavailable:
+            return None
+
     def _explained(
         self,
         plan: Plan,
@@ -119,7 +137,7 @@ class Explainer:
         provider: Provider,
         key: StoredKey | None,
         amount_micros: int,
-        balance: Balance,
+        balance: Balance | None,
         limited: Limited | None,
         now: datetime,
     ) -> Decision:
@@ -140,6 +158,8 @@ class Explainer:
                 provider=provider,
                 expires_at=now,
             )
+        elif balance is None:
+            raise StoreUnavailable
         else:
             route = TicketRoute(
                 ticket="",
@@ -207,6 +227,36 @@ def _credits_now(balance: Balance, amount_micros: int, limited: Limited | None, 
     if covered:
         return Credits.HELD
     return Credits.IN_FLIGHT if balance.balance_micros >= amount_micros else Credits.INSUFFICIENT
+
+
+def _database_steps(last: Remembered | None, balance: Balance | None) -> list[Step]:
+    """Only where it cannot be asked: otherwise there is nothing to say of it."""
+    if last is not None:
+        seconds = last.age.total_seconds()
+        return [
+            Step(
+                "database",
+                "away",
+                f"Flags, tier and keys are as they were last known, {seconds:.0f} s ago: "
+                "what has changed since, nobody here has heard of.",
+            )
+        ]
+    if balance is None:
+        return [Step("database", "away", "Flags, tier and keys are cached, and known to be up to date.")]
+    return []
+
+
+def _credits_step(balance: Balance | None, amount_micros: int) -> Step:
+    if balance is None:
+        return Step(
+            "credits", "unknown", f"The database cannot be asked; a request holds {_usd(amount_micros)}."
+        )
+    return Step(
+        "credits",
+        "enough" if balance.available_micros >= amount_micros else "short",
+        f"Balance {_usd(balance.balance_micros)}, held {_usd(balance.held_micros)}, "
+        f"available {_usd(balance.available_micros)}; this request holds {_usd(amount_micros)}.",
+    )
 
 
 def _flag_steps(configuration: Configuration) -> list[Step]:

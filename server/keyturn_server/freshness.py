@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from aiocache import SimpleMemoryCache
 
@@ -59,6 +60,30 @@ class _Abandoned(Exception):  # noqa: N818 - not an error: the leader was cancel
     pass
 
 
+@dataclass(slots=True, eq=False)
+class _Span:
+    """A time through which changes were announced, or were not."""
+
+    is_pushed: bool
+    ended_at: float | None = None
+
+
+class _Last(NamedTuple, Generic[T]):
+    """The last reading of a key."""
+
+    value: T
+    loaded_at: float
+    span: _Span
+    is_outdated: bool = False
+    """Whether it was announced that it has changed."""
+
+    def known_at(self, now: float) -> float:
+        """When it was last known to be true: as long as nobody announced that it was not."""
+        if not self.span.is_pushed:
+            return self.loaded_at
+        return now if self.span.ended_at is None else self.span.ended_at
+
+
 class PushedCache(Generic[T]):
     """Readings by key. `load` is called once for any number of callers at the same time."""
 
@@ -75,7 +100,9 @@ class PushedCache(Generic[T]):
         self._unpushed_seconds = unpushed_ttl.total_seconds()
         self._cache = BoundedMemoryCache(max_entries=max_entries, timeout=None)
         self._flights: dict[str, _Flight[T]] = {}
-        self._is_pushed = False
+        self._span = _Span(is_pushed=False)
+        self._last: dict[str, _Last[T]] = {}
+        self._max_entries = max_entries
 
     async def get(self, key: str) -> T:
         """The reading, from the cache or by `load`. Raises what `load` raises, which is not cached."""
@@ -96,7 +123,8 @@ class PushedCache(Generic[T]):
         try:
             value = await self._load(key)
             if flight.is_current:
-                ttl = self._ttl_seconds if self._is_pushed else self._unpushed_seconds
+                ttl = self._ttl_seconds if self._span.is_pushed else self._unpushed_seconds
+                self._remember(key, _Last(value, asyncio.get_running_loop().time(), self._span))
                 await self._cache.set(key, value, ttl=ttl)
         except BaseException as error:
             passed_on = error if isinstance(error, Exception) else _Abandoned()
@@ -113,13 +141,50 @@ class PushedCache(Generic[T]):
 
     async def expire(self, key: str) -> None:
         """The reading for `key` has changed: the next `get` loads it."""
+        if (last := self._last.get(key)) is not None:
+            self._last[key] = last._replace(is_outdated=True)
+        await self._drop(key)
+
+    async def amend(self, key: str, change: Callable[[T], T]) -> None:
+        """The reading for `key` has changed, and so far we alone know: the next `get` loads it, and until
+        then it is known as `change` makes it."""
+        if (last := self._last.get(key)) is not None:
+            self._last[key] = last._replace(value=change(last.value))
+        await self._drop(key)
+
+    async def _drop(self, key: str) -> None:
         if (flight := self._flights.pop(key, None)) is not None:
             flight.is_current = False
         await self._cache.delete(key)
 
+    def ever_known(self, key: str) -> T | None:
+        """The last reading for `key`, out of date or not."""
+        last = self._last.get(key)
+        return None if last is None else last.value
+
+    def last_known(self, key: str) -> tuple[T, timedelta] | None:
+        """The last reading for `key` that nobody has said to be out of date, and for how long nobody
+        could have said so. For when `get` cannot load."""
+        last = self._last.get(key)
+        if last is None or last.is_outdated:
+            return None
+        now = asyncio.get_running_loop().time()
+        return last.value, timedelta(seconds=now - last.known_at(now))
+
+    def _remember(self, key: str, last: _Last[T]) -> None:
+        self._last.pop(key, None)
+        self._last[key] = last
+        if len(self._last) > self._max_entries:
+            del self._last[next(iter(self._last))]
+
     async def expire_all(self, *, pushed: bool) -> None:
         """Nothing cached counts any more; `pushed` says whether changes are announced from now on."""
-        self._is_pushed = pushed
+        if pushed and self._span.is_pushed:
+            # It was announced that all has changed.
+            self._last = {key: last._replace(is_outdated=True) for key, last in self._last.items()}
+        else:
+            self._span.ended_at = asyncio.get_running_loop().time()
+            self._span = _Span(is_pushed=pushed)
         for flight in self._flights.values():
             flight.is_current = False
         self._flights.clear()

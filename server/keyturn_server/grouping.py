@@ -82,7 +82,7 @@ class Group(Generic[T, R]):
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._queue.append((item, future, 0))
         self._wake.set()
-        return await (asyncio.shield(future) if self._keep_cancelled else future)
+        return await future
 
     async def _work(self) -> None:
         while self._queue or not self._closing:
@@ -93,7 +93,7 @@ class Group(Generic[T, R]):
             group: list[tuple[T, asyncio.Future[R], int]] = []
             while self._queue and len(group) < self._most:
                 entry = self._queue.popleft()
-                if not entry[1].done():
+                if self._keep_cancelled or not entry[1].done():
                     group.append(entry)
             if group:
                 self._on_group(len(group))

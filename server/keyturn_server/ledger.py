@@ -189,6 +189,8 @@ class Settlement:
     """Of this very call: seen again, it is our own retry and no replay."""
     is_too_late: bool
     """Whether only a replay is answered."""
+    waited: timedelta = timedelta(0)
+    """How long ago it was acknowledged: that is when it counts from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +200,16 @@ class Settled:
     charged_micros: int
     released_micros: int
     balance_micros: int
+    cost_source: CostSource
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spooled:
+    """A record that is durable on the sidecar's own disk, on its way to the books. Amounts in micro-USD."""
+
+    charge_micros: int
+    """What will be charged; 0 for an own key."""
     cost_source: CostSource
     replayed: bool
 
@@ -225,6 +237,7 @@ class KeyUse:
     fingerprint: bytes
     submission_id: UUID
     is_too_late: bool
+    waited: timedelta = timedelta(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

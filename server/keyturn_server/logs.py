@@ -3,6 +3,7 @@ found its way into an event, ours or a library's, leaves as `***`."""
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import queue
@@ -56,11 +57,13 @@ class LineWriter:
     """Writes lines to a file descriptor in a thread of its own, in order.
 
     So whoever logs never waits for whoever reads: what cannot be written for long is lost, and a
-    line says how much was.
+    line says how much was. Processes that write to the same place share `turns`, a file that they lock
+    in turn, so that lines stay whole.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, *, turns: int | None = None) -> None:
         self._descriptor = descriptor
+        self._turns = turns
         self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._taken = 0
         self._done = 0
@@ -101,18 +104,57 @@ class LineWriter:
 
     def _write(self, text: str) -> None:
         rest = memoryview(text.encode(errors="backslashreplace"))
-        while rest:
-            try:
-                rest = rest[os.write(self._descriptor, rest) :]
-            except BlockingIOError:  # somebody who shares the descriptor wants it so
-                select.select((), (self._descriptor,), ())
+        with _turn(self._turns):
+            while rest:
+                try:
+                    rest = rest[os.write(self._descriptor, rest) :]
+                except BlockingIOError:  # somebody who shares the descriptor wants it so
+                    select.select((), (self._descriptor,), ())
 
 
 @contextmanager
-def logging_apart(level: str) -> Iterator[LineWriter]:
+def _turn(turns: int | None) -> Iterator[None]:
+    """For the length of the block no other process has its turn."""
+    if turns is None:
+        yield
+        return
+    fcntl.lockf(turns, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.lockf(turns, fcntl.LOCK_UN)
+
+
+class SpareWriter:
+    """Writes lines to stderr where that does not wait, and loses them elsewhere: for a process that has to
+    mind others, and may have no thread."""
+
+    def write(self, text: str) -> int:
+        """Have a line written at once, or not at all."""
+        if sys.stderr is None or not select.select((), (sys.stderr,), (), 0)[1]:
+            return 0
+        return os.write(sys.stderr.fileno(), text.encode(errors="backslashreplace"))
+
+    def flush(self) -> None:
+        """Nothing: a stream has it."""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what any caller can have gRPC tell as an error, with a trace, as often as it likes: that it has
+    gone before its answer; and that its metadata is no UTF-8, which would be shown, a token among it."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return not (
+        (kind is not None and kind.__name__ == "ExecuteBatchError")
+        or record.getMessage().startswith("Invalid encoding on ")
+    )
+
+
+@contextmanager
+def logging_apart(level: str, *, turns: int | None = None) -> Iterator[LineWriter]:
     """The same as `configure_logs`, with a thread that writes, for the length of the block."""
     # Where stderr was closed its number may be anything by now.
-    writer = LineWriter(os.open(os.devnull, os.O_WRONLY) if sys.stderr is None else sys.stderr.fileno())
+    descriptor = os.open(os.devnull, os.O_WRONLY) if sys.stderr is None else sys.stderr.fileno()
+    writer = LineWriter(descriptor, turns=turns)
     configure_logs(level, stream=writer)
     try:
         yield writer
@@ -121,7 +163,7 @@ def logging_apart(level: str) -> Iterator[LineWriter]:
         configure_logs(level)
 
 
-def configure_logs(level: str, *, stream: TextIO | LineWriter | None = None) -> None:
+def configure_logs(level: str, *, stream: TextIO | LineWriter | SpareWriter | None = None) -> None:
     """Send structlog's and the standard library's events to `stream` (stderr), from `level` up."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -145,6 +187,7 @@ def configure_logs(level: str, *, stream: TextIO | LineWriter | None = None) -> 
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     # asyncpg traces every attempt to connect; the same is told in a line of ours, and counted.
     logging.getLogger("asyncpg").setLevel(logging.CRITICAL)
     # They tell of every request to a provider, down to the headers of its answer.

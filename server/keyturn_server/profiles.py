@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 
@@ -49,7 +50,23 @@ class Profile:
     tier: str
     keys: tuple[StoredKey, ...]
     """Best priority first, the oldest first among equals."""
+    planned: dict[tuple[str, str], Any] = field(init=False, default_factory=dict, repr=False, compare=False)
+    """What `Decider.plan` made of this very profile: it lives as long as that does."""
 
     def keys_for(self, provider: str) -> tuple[StoredKey, ...]:
         """The keys for one provider, in the order to try them."""
         return tuple(key for key in self.keys if key.provider == provider)
+
+    def has_key(self, key_id: UUID, revision: int) -> bool:
+        """Whether the key is there, with the secret of that revision."""
+        return any((key.id, key.revision) == (key_id, revision) for key in self.keys)
+
+    def with_key(self, key_id: UUID, revision: int, **changes: object) -> Profile:
+        """The profile with one key changed, if it still holds the secret of that revision."""
+        return replace(
+            self,
+            keys=tuple(
+                replace(key, **changes) if (key.id, key.revision) == (key_id, revision) else key  # type: ignore[arg-type]
+                for key in self.keys
+            ),
+        )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
+import gc
 import ipaddress
 import os
 import signal
-import stat
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -20,11 +19,13 @@ import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
-from prometheus_client import start_http_server
 
 from keyturn_server.access_file import Callers
 from keyturn_server.errors import KeyturnFault
 from keyturn_server.metrics import Metrics
+from keyturn_server.metrics_page import MetricsPage
+from keyturn_server.private_files import locked, make_private
+from keyturn_server.rpc.accepting import AcceptingServer
 from keyturn_server.rpc.guard import MAX_BATCH_BYTES, Context, Guard, Service
 from keyturn_server.tls import TlsFiles
 from keyturn_server.watched import Watched
@@ -38,14 +39,39 @@ _NOT_SERVING: int = health_pb2.HealthCheckResponse.NOT_SERVING
 # in 10 s is promised; the second less is for pings that were held up on their way.
 _PING_INTERVAL = timedelta(seconds=9)
 
+# A peer that went away without a word is noticed, and its connection closed.
+_KEEPALIVE = timedelta(minutes=1)
+_KEEPALIVE_TIMEOUT = timedelta(seconds=20)
+
+# Beyond the drain, when calls that were in flight have been cancelled.
+_STOP_TIMEOUT = timedelta(seconds=5)
+
+# More than we turn away in a second. There is no limit for each connection (max_concurrent_streams): gRPC's
+# own clients open more streams than it allows, and hear UNAVAILABLE then.
+_MOST_PENDING = 16_384
+
 # One server an address: with SO_REUSEPORT a second one would silently take half of the calls.
+_ALONE = (("grpc.so_reuseport", 0),)
+
+# The kernel spreads connections among workers, and those of a worker that died stay with the others: so
+# clients are told to connect again now and then, once what they have begun is done.
+_CONNECTION_AGE = timedelta(minutes=10)
+_SHARED = (
+    ("grpc.so_reuseport", 1),
+    ("grpc.max_connection_age_ms", _CONNECTION_AGE // timedelta(milliseconds=1)),
+)
+
 _OPTIONS = (
-    ("grpc.so_reuseport", 0),
     # A little above the limit of our own, which answers with details.
     ("grpc.max_receive_message_length", MAX_BATCH_BYTES + 64 * 1024),
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL // timedelta(milliseconds=1)),
+    # Beyond 1000 that have not come to us yet gRPC would cancel calls, without a reason. We say why.
+    ("grpc.server.max_pending_requests", _MOST_PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
+    ("grpc.keepalive_time_ms", _KEEPALIVE // timedelta(milliseconds=1)),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT // timedelta(milliseconds=1)),
 )
 
 
@@ -65,7 +91,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its packa
         self.draining = asyncio.Event()
         """Set when nothing is well any more, for good."""
 
-    async def report(self, service: str, *, well: bool) -> None:
+    def report(self, service: str, *, well: bool) -> None:
         """Tell whoever asks or watches; the empty name is the process as a whole."""
         self._well[service] = well
         self._tell()
@@ -129,6 +155,24 @@ class Services:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """For how long a connection may do nothing."""
+
+    first_words: timedelta
+    """From its opening until it has said that it speaks HTTP/2, TLS included."""
+    idle: timedelta
+    """Without a call. It is then told to go, so that no call is lost."""
+
+    @property
+    def options(self) -> tuple[tuple[str, int], ...]:
+        """As gRPC takes them."""
+        return (
+            ("grpc.server_handshake_timeout_ms", max(1, self.first_words // timedelta(milliseconds=1))),
+            ("grpc.max_connection_idle_ms", max(1, self.idle // timedelta(milliseconds=1))),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
     """How callers may come in."""
 
@@ -144,19 +188,27 @@ class Admission:
         return self.tls is not None and self.tls.value.client_ca is not None
 
 
+def checked(addresses: Sequence[str], admission: Admission) -> tuple[str, ...]:
+    """The addresses as gRPC takes them, if all of them may be listened on. Raises `AddressError`."""
+    return tuple(_check(address, admission) for address in addresses)
+
+
 @contextlib.contextmanager
 def claimed(addresses: Sequence[str], admission: Admission) -> Iterator[tuple[str, ...]]:
-    """The addresses, checked, and the Unix sockets among them locked for this process.
+    """The addresses, `checked`, and the Unix sockets among them locked for this process.
 
     Done before anything else, so that a second sidecar fails before it touches the database. Raises
     `AddressError`.
     """
-    checked = tuple(_check(address, admission) for address in addresses)
+    ours = checked(addresses, admission)
     with contextlib.ExitStack() as stack:
-        for address in checked:
+        for address in ours:
             if address.startswith("unix:"):
-                stack.enter_context(_lock_socket(Path(address.removeprefix("unix:"))))
-        yield checked
+                # gRPC would take a socket over from a running server.
+                lock = Path(f"{address.removeprefix('unix:')}.lock")
+                taken = f"{address}: another server listens there."
+                stack.enter_context(locked(lock, taken=taken, fault=AddressError))
+        yield ours
 
 
 @asynccontextmanager
@@ -166,16 +218,20 @@ async def serving(
     *,
     tls: Watched[TlsFiles] | None,
     with_reflection: bool,
-    metrics_address: str | None,
+    metrics_page: MetricsPage | None,
+    shares_ports: bool,
+    limits: Limits,
     drain_timeout: timedelta,
     log: Any,
 ) -> AsyncIterator[tuple[str, ...]]:
     """Answers on addresses that are `claimed` for the length of the block, then drains.
 
+    With `shares_ports` other processes may listen on the same TCP ports, and take a part of the connections.
+
     The addresses come back as they are listened on: a port of 0 as the port it became. Raises
     `AddressError`.
     """
-    server = grpc.aio.server(options=_OPTIONS)
+    server = AcceptingServer((*_OPTIONS, *(_SHARED if shares_ports else _ALONE), *limits.options))
     names = tuple(service.name for service in services.services)
     foreign = _Foreign()
     health_pb2_grpc.add_HealthServicer_to_server(services.health, foreign)
@@ -184,19 +240,17 @@ async def serving(
         reflected = (*names, *foreign.services, reflection.SERVICE_NAME)
         foreign.services |= _reflection(reflected, services.health.draining)
     guard = services.guard
-    server.add_generic_rpc_handlers(
-        [
-            *(guard.handler(service) for service in services.services),
-            *(guard.foreign(name, handlers) for name, handlers in foreign.services.items()),
-            guard.rest(),
-        ]
-    )
+    for service in services.services:
+        server.add_unary_methods(service.name, guard.methods(service))
+    for name, handlers in foreign.services.items():
+        server.add_registered_method_handlers(name, guard.foreign(handlers))
+    server.add_generic_rpc_handlers([guard.rest()])
     with contextlib.ExitStack() as stack:
         bound = tuple([_bind(server, address, tls) for address in addresses])
-        if metrics_address is not None:
-            _serve_metrics(metrics_address, services.metrics, stack)
+        if metrics_page is not None:
+            stack.enter_context(metrics_page.served(services.metrics.registry))
         for name in ("", *names):
-            await services.health.report(name, well=True)
+            services.health.report(name, well=True)
         await server.start()
         log.info("serving", addresses=list(bound))
         try:
@@ -206,13 +260,29 @@ async def serving(
             # itself, watches and reflection, has been told to: so this ends with the last answer.
             log.info("draining", in_flight=guard.in_flight)
             services.health.drain()
-            await server.stop(drain_timeout.total_seconds())
+            await _stop(server, drain_timeout, log)
             await guard.settled()
             log.info("stopped")
 
 
+async def _stop(server: AcceptingServer, drain_timeout: timedelta, log: Any) -> None:
+    """Ends the server. One that does not end by itself, because something still refers to a call, is left."""
+    stopping = asyncio.ensure_future(server.stop(drain_timeout.total_seconds()))
+    for patience in (drain_timeout + _STOP_TIMEOUT, _STOP_TIMEOUT):
+        ended, _ = await asyncio.wait((stopping,), timeout=patience.total_seconds())
+        if ended:
+            stopping.result()
+            return
+        gc.collect()
+    log.error("server_left", reason="gRPC did not end its server; the process goes on to its end")
+    stopping.cancel()
+
+
 async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: Any) -> None:
-    """Run `sidecar` until SIGTERM or SIGINT; a second signal ends the process at once."""
+    """Run `sidecar` until SIGTERM or SIGINT; a second signal ends the process at once.
+
+    SIGINT stays ignored where we were started so, as a shell does with what it runs in the background.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     starting = asyncio.current_task()
@@ -225,17 +295,23 @@ async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: 
         if starting is not None:
             starting.cancel()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        numbers.append(signal.SIGINT)
+    for number in numbers:
         loop.add_signal_handler(number, on_signal, number)
     try:
         async with sidecar:
             starting = None
+            # What has been made so far lasts: full collections, which every call waits for, pass it by.
+            gc.collect()
+            gc.freeze()
             await stop.wait()
     except asyncio.CancelledError:
         if not stop.is_set():
             raise
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in numbers:
             loop.remove_signal_handler(number)
 
 
@@ -266,12 +342,15 @@ def _reflection(
 
     async def converse(requests: AsyncIterator[Any], context: Context) -> None:
         """Until the client has no more questions, or we are draining."""
-        async with asyncio.TaskGroup() as tasks:
-            answering = tasks.create_task(answer(requests, context))
-            ending = tasks.create_task(draining.wait())
-            await asyncio.wait((answering, ending), return_when=asyncio.FIRST_COMPLETED)
-            answering.cancel()
-            ending.cancel()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                answering = tasks.create_task(answer(requests, context))
+                ending = tasks.create_task(draining.wait())
+                await asyncio.wait((answering, ending), return_when=asyncio.FIRST_COMPLETED)
+                answering.cancel()
+                ending.cancel()
+        except ExceptionGroup as group:  # of one: only the answering can fail
+            raise group.exceptions[0] from None
 
     handler = grpc.stream_stream_rpc_method_handler(
         converse,
@@ -290,7 +369,8 @@ def _check(address: str, admission: Admission) -> str:
             raise AddressError(
                 f"{path}: a Unix socket's path has at most {_MAX_SOCKET_PATH} bytes; choose a shorter one."
             )
-        _check_directory(path.parent)
+        # Whoever can enter the directory of a socket can call.
+        make_private(path.parent, what="socket", fault=AddressError)
         return f"unix:{path}"
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
@@ -324,42 +404,6 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _check_directory(directory: Path) -> None:
-    """Whoever can enter the directory of a socket can call: so only its owner may."""
-    try:
-        if not directory.exists():
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        facts = directory.stat()
-    except OSError as error:
-        raise AddressError(f"{directory}: cannot be made for the socket: {error.strerror}.") from None
-    if not stat.S_ISDIR(facts.st_mode):
-        raise AddressError(f"{directory}: is no directory.")
-    if facts.st_uid != os.geteuid():
-        raise AddressError(f"{directory}: the socket's directory belongs to somebody else.")
-    if facts.st_mode & 0o077:
-        raise AddressError(
-            f"{directory}: others can enter the socket's directory. Run: chmod 700 {directory}"
-        )
-
-
-@contextlib.contextmanager
-def _lock_socket(path: Path) -> Iterator[None]:
-    """Holds the socket for this process. gRPC would take a socket over from a running server."""
-    try:
-        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise AddressError(f"{path}.lock: cannot be opened: {error.strerror}.") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AddressError(f"unix:{path}: another server listens there.") from None
-        yield
-    finally:
-        # The file stays: removing it would let two servers lock two different files.
-        os.close(lock)
-
-
 def _bind(server: grpc.aio.Server, address: str, tls: Watched[TlsFiles] | None) -> str:
     try:
         if tls is None or address.startswith("unix:"):
@@ -391,16 +435,3 @@ def _certificates(tls: TlsFiles) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration(
         [(tls.private_key, tls.certificate_chain)], root_certificates=tls.client_ca
     )
-
-
-def _serve_metrics(address: str, metrics: Metrics, stack: contextlib.ExitStack) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise AddressError(f"{address!r} is no address for metrics: give host:port.")
-    try:
-        server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=metrics.registry)
-    except OSError as error:
-        raise AddressError(f"{address}: cannot be listened on for metrics: {error.strerror}.") from None
-    stack.callback(thread.join)
-    stack.callback(server.server_close)
-    stack.callback(server.shutdown)

@@ -6,11 +6,14 @@ Every setting is `KEYTURN_*`; the exceptions are the master keys, `ENCRYPTION_KE
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Final, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
@@ -22,6 +25,18 @@ from keyturn_server.errors import KeyturnFault
 # Names with this alias are read as they are, without the prefix.
 _MASTER_KEY = "ENCRYPTION_KEY"
 _RETIRED_KEYS = "ENCRYPTION_KEYS_RETIRED"
+
+
+# Tracers of gRPC that print headers (with the callers' tokens) or bytes as they are sent, and two that are
+# there to print bytes and do not do so in the gRPC that we run on. A test compares.
+PRINTING_TRACERS: Final = (
+    "chttp2_hpack_parser",
+    "secure_endpoint",
+    "event_engine_endpoint_data",
+    "tcp",
+)
+# With these gRPC prints no traces. `keyturn` sets the first where the variable is unset.
+_SILENT: Final = frozenset({"none", "error"})
 
 
 class SettingsError(KeyturnFault):
@@ -41,6 +56,8 @@ class Settings(BaseSettings):
     """A directory for an embedded PostgreSQL, instead of `database_url`."""
     listen: Annotated[tuple[str, ...], NoDecode] = ()
     """Addresses, `unix:PATH` or `host:port`, comma-separated. Empty: the default Unix socket."""
+    workers: int = Field(default=1, ge=1, le=64)
+    """How many processes share the addresses."""
     reflection: bool = False
     insecure_loopback: bool = False
     socket_roles: Annotated[frozenset[Role], NoDecode] = Field(default=ALL_ROLES, min_length=1)
@@ -81,8 +98,24 @@ class Settings(BaseSettings):
     database_connections: int = Field(default=8, ge=2)
     connect_timeout: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
     statement_timeout: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
+    silence_timeout: timedelta = Field(default=timedelta(seconds=2), ge=timedelta(milliseconds=100))
+    """How long the database may say nothing before it counts as away."""
+    degraded_for: timedelta = Field(default=timedelta(minutes=5), ge=timedelta(0))
+    """How long own keys are decided on from what was last known while the database is away."""
+    spool: Path | None = None
+    """A directory for records while the database is away. Unset: below `embedded`, if that is set."""
+    spool_max_records: int = Field(default=500_000, gt=0)
+    spool_max_bytes: int = Field(default=256 * 1024 * 1024, ge=1024 * 1024)
+    """How large the spool's file may become."""
     drain_timeout: timedelta = Field(default=timedelta(seconds=15), gt=timedelta(0))
     """How long calls in flight may take after SIGTERM."""
+
+    max_concurrent_calls: int = Field(default=1024, ge=1)
+    """How many calls of the data plane are carried out at once; see rpc/guard.py."""
+    receive_timeout: timedelta = Field(default=timedelta(seconds=20), gt=timedelta(0))
+    """How long the body of a request, or a new connection's first words, may take to come."""
+    idle_timeout: timedelta = Field(default=timedelta(minutes=30), gt=timedelta(0))
+    """How long a connection may stay without a call."""
 
     provider_timeout: timedelta = Field(default=timedelta(seconds=5), gt=timedelta(0))
     """How long a provider may take to say whether a key is good."""
@@ -111,6 +144,7 @@ class Settings(BaseSettings):
         "encryption_keys_retired",
         "database_url",
         "embedded",
+        "spool",
         "access_file",
         "tls_cert",
         "tls_key",
@@ -129,6 +163,13 @@ class Settings(BaseSettings):
         if value is None or _is_http_proxy(value.get_secret_value()):
             return value
         raise ValueError("it is not like http://user:password@host:port")
+
+    @property
+    def spool_directory(self) -> Path | None:
+        """Where records go while the database is away; None: nowhere."""
+        if self.spool is None and self.embedded is not None:
+            return self.embedded / "spool"
+        return self.spool
 
     @property
     def retired_keys(self) -> tuple[str, ...]:
@@ -181,6 +222,67 @@ def read_settings(**options: object) -> Settings:
 def read_connection_settings(**options: object) -> ConnectionSettings:
     """The same for the settings of a command's connection. Raises `SettingsError`."""
     return _read(ConnectionSettings, options)
+
+
+def refuse_leaks() -> None:
+    """Raises `SettingsError` where a variable has a library print or write down what nobody may see."""
+    traced = printing_tracers(os.environ.get("GRPC_TRACE", ""), os.environ.get("GRPC_VERBOSITY", ""))
+    if traced:
+        off = ",".join(f"-{tracer}" for tracer in PRINTING_TRACERS)
+        raise SettingsError(
+            f"GRPC_TRACE: {', '.join(traced)} would print callers' tokens and users' keys to the log. "
+            f"End it with {off}, or unset it."
+        )
+    if os.environ.get("SSLKEYLOGFILE"):
+        raise SettingsError(
+            "SSLKEYLOGFILE: the keys of TLS connections would be written there, and whoever reads them reads "
+            "users' keys on their way to providers. Unset it."
+        )
+
+
+def printing_tracers(trace: str, verbosity: str) -> list[str]:
+    """Which of `PRINTING_TRACERS` print with these values of GRPC_TRACE and GRPC_VERBOSITY.
+
+    The first is a list of patterns, of which a later one wins; `-` in front switches off.
+    """
+    if verbosity.strip().lower() in _SILENT:
+        return []
+    on: dict[str, bool] = {}
+    for item in trace.split(","):
+        pattern = item.strip()
+        for tracer in PRINTING_TRACERS:
+            if pattern == "all" or fnmatchcase(tracer, pattern):
+                on[tracer] = True
+            elif pattern == "-all" or fnmatchcase(tracer, pattern.removeprefix("-")):
+                on[tracer] = False
+    return [tracer for tracer in PRINTING_TRACERS if on.get(tracer)]
+
+
+def forget_secrets() -> None:
+    """Take the secret settings out of the environment, for us, for what we start, and for whoever looks at
+    /proc/PID/environ. They have to be read before.
+
+    What Python has made of them stays in memory until it is used for something else, and whoever
+    started this process may show what it was started with.
+    """
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_void_p
+    for name in list(_secret_variables()):
+        # Where the kernel put it when this process began. To unset it alone leaves it there.
+        if address := getenv(os.fsencode(name)):
+            ctypes.memset(address, 0, len(ctypes.string_at(address)))
+        del os.environ[name]
+
+
+def _secret_variables() -> Iterator[str]:
+    secret = {
+        _variable((name,) if field.validation_alias is None else (str(field.validation_alias),))
+        for kind in (Settings, ConnectionSettings)
+        for name, field in kind.model_fields.items()
+        if SecretStr in get_args(field.annotation)
+    }
+    # Written in whichever case.
+    return (name for name in os.environ if name.upper() in secret)
 
 
 def _read(kind: type[_Kind], options: Mapping[str, object]) -> _Kind:

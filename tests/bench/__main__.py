@@ -46,6 +46,7 @@ What was acknowledged is counted in the database after every turn, and the books
 """
 
 _FIRST_GUESS = 0.4  # of the echo's rate: what a call that needs a body of its own may reach
+_BATCHED = 8  # times as many items in batches
 _SPARE = 1.5
 
 
@@ -63,14 +64,14 @@ class Turn:
     server_busy: float
     """How much of one core the server used."""
 
-    def summary(self) -> dict[str, float]:
-        """The figures by name."""
+    def summary(self, items: int = 1) -> dict[str, float]:
+        """The figures by name; rates and processor time for each of so many items in a call."""
         return {
-            "calls_per_second": self.load.calls_per_second,
+            "calls_per_second": self.load.calls_per_second * items,
             "p50_ms": self.load.p50_ms,
             "p99_ms": self.load.p99_ms,
-            "server_cpu_us": self.server_cpu_us,
-            "postgres_cpu_us": self.postgres_cpu_us,
+            "server_cpu_us": self.server_cpu_us / items,
+            "postgres_cpu_us": self.postgres_cpu_us / items,
             "server_busy": self.server_busy,
             "generator_busy": self.load.generator_busy,
             "calls": self.load.made,
@@ -90,7 +91,11 @@ class Row:
 
     def summary(self) -> dict[str, Any]:
         """The medians, and the rounds they are from."""
-        rounds = {"echo": [t.summary() for t in self.echo], "keyturn": [t.summary() for t in self.keyturn]}
+        items = self.measurement.items
+        rounds = {
+            "echo": [t.summary() for t in self.echo],
+            "keyturn": [t.summary(items) for t in self.keyturn],
+        }
         pairs = zip(self.echo, self.keyturn, strict=True)
         return {
             "name": self.measurement.name,
@@ -98,7 +103,7 @@ class Row:
             "request_bytes": len(self.request),
             "response_bytes": len(self.response),
             "of_echo": statistics.median(
-                ours.load.calls_per_second / bare.load.calls_per_second for bare, ours in pairs
+                ours.load.calls_per_second * items / bare.load.calls_per_second for bare, ours in pairs
             ),
             **{name: _medians(turns) for name, turns in rounds.items()},
             "rounds": rounds,
@@ -130,10 +135,12 @@ class Bench:
         ours = await self._turn(self.sidecar, measurement.path, requests, row, once=measurement.once)
         _say(f"{label}: Keyturn {ours.load.calls_per_second:,.0f}/s")
 
-        if ours.load.sample and not measurement.is_right(ours.load.sample):
+        # Of a batch's answer the sample is the first frame alone.
+        sample = ours.load.sample if measurement.unary is None else row.response
+        if sample and not measurement.is_right(sample):
             raise BenchError(f"{measurement.name}: an answer is not the one to be measured")
         rows = await self.gateway.count(measurement) - rows_before
-        if measurement.rows and rows != ours.load.made:
+        if measurement.rows and rows != ours.load.made * measurement.items:
             raise BenchError(f"{measurement.name}: {ours.load.made} calls acknowledged, {rows} rows found")
         row.echo.append(bare)
         row.keyturn.append(ours)
@@ -142,7 +149,7 @@ class Bench:
         if not row.measurement.once:
             return self.users
         seen = max((turn.load.calls_per_second for turn in row.keyturn), default=0.0)
-        rate = seen or bare.load.calls_per_second * _FIRST_GUESS
+        rate = seen or bare.load.calls_per_second * _FIRST_GUESS / row.measurement.items * _BATCHED
         return round(rate * _SPARE * (self.effort.warm_up_seconds + self.effort.seconds))
 
     async def _turn(
@@ -251,6 +258,11 @@ def _table(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
     yield ""
     for row in rows:
         yield f"{row['name']:{width}}  {row['what']}"
+    yield ""
+    rates = {row["name"]: row["keyturn"]["calls_per_second"] for row in rows}
+    for name, unary in ((one.name, one.unary) for one in MEASUREMENTS):
+        if name in rates and unary in rates:
+            yield f"{name}: {rates[name] / rates[unary]:.1f} times the rate of {unary}"
 
 
 def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -39,16 +39,18 @@ class Effort:
     """The generator's own."""
     directory: Path
     """For the files that the generators read and write."""
+    most_connections: int = _MOST_CONNECTIONS
+    most_warm_up_seconds: float = _WARM_UP_SECONDS
 
     @property
     def connections(self) -> int:
         """As many as a few gateway processes would have."""
-        return min(_MOST_CONNECTIONS, self.concurrency)
+        return min(self.most_connections, self.concurrency)
 
     @property
     def warm_up_seconds(self) -> float:
         """Before the measured time; rates and latencies leave it out."""
-        return min(_WARM_UP_SECONDS, self.seconds)
+        return min(self.most_warm_up_seconds, self.seconds)
 
 
 async def drive(address: str, path: str, bodies: Sequence[bytes], effort: Effort, *, once: bool) -> Load:

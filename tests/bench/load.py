@@ -279,7 +279,10 @@ async def _load(options: argparse.Namespace) -> Load:
     for index in range(options.connections):
         streams = len(range(index, options.concurrency, options.connections))
         connection = partial(_Connection, run, options.address, options.method, streams)
-        transport, _ = await loop.create_connection(connection, host, int(port))
+        if host == "unix":
+            transport, _ = await loop.create_unix_connection(connection, port)
+        else:
+            transport, _ = await loop.create_connection(connection, host, int(port))
         transports.append(transport)
     window_began = time.perf_counter() + options.warm_up
     loop.call_later(options.warm_up + options.seconds, run.stop)
@@ -305,7 +308,7 @@ async def _load(options: argparse.Namespace) -> Load:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.load")
-    parser.add_argument("address", help="HOST:PORT")
+    parser.add_argument("address", help="HOST:PORT or unix:PATH")
     parser.add_argument("method", help="/package.Service/Method")
     parser.add_argument("bodies", type=Path, help="a file as write_bodies makes it")
     parser.add_argument("--once", action="store_true", help="send each body once, and stop after the last")

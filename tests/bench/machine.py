@@ -94,6 +94,14 @@ def cpu_seconds(pids: Collection[int]) -> float:
     return total
 
 
+def resident_mb(pid: int) -> float:
+    """The memory of a process that is in RAM, in MB."""
+    (line,) = (
+        one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if one.startswith("VmRSS:")
+    )
+    return int(line.split()[1]) / 1024
+
+
 def fsync_ms(directory: Path) -> float:
     """How long a write of 8 KiB takes to get to the disk: the median of some."""
     spans = []

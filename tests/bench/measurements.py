@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import cycle, islice
@@ -11,15 +11,18 @@ from typing import Any
 
 import grpc
 from google.protobuf import duration_pb2
+from google.protobuf.message import Message
 
+from keyturn.v1 import policy_pb2, routing_service_pb2_grpc
 from keyturn.v1 import routing_service_pb2 as pb
-from keyturn.v1 import routing_service_pb2_grpc
 from tests.factories import Connection, Factory
 
 _PROVIDER = "openai"
 _MODEL = "gpt-4o"
 _BALANCE_MICROS = 10**12  # a million dollars each: holds stay open for as long as the bench runs
 _BATCH = 500
+ITEMS = 50
+"""In each batch that is measured: as many as fit into one frame."""
 _DURATION = duration_pb2.Duration()
 _DURATION.FromTimedelta(timedelta(seconds=1.8))
 
@@ -32,6 +35,12 @@ class Gateway:
         self._connection = connection
         self._with_keys: list[str] = []
         self._with_credits: list[str] = []
+        self._payers_constraint = policy_pb2.CONSTRAINT_UNSPECIFIED
+
+    def serve(self, users: Sequence[str]) -> None:
+        """Ask for these from now on, who have a key of their own and credits, each."""
+        self._with_keys = self._with_credits = list(users)
+        self._payers_constraint = policy_pb2.CONSTRAINT_CREDITS_ONLY
 
     async def make_users(self, count: int) -> None:
         """`count` users with a key of their own, as many with credits; no rate limit for either."""
@@ -49,16 +58,14 @@ class Gateway:
                     "bench", name=f"user-with-credits-{number:06}", micros=_BALANCE_MICROS
                 )
                 self._with_credits.append(payer)
-        await self._decided(self._with_keys, count)
-        await self._decided(self._with_credits, count)
+        await self._decided(_ask, self._with_keys, count)
+        await self._decided(self._ask_for_credits, self._with_credits, count)
 
     async def call(self, measurement: Measurement) -> tuple[bytes, bytes]:
         """One real call: its request and its response."""
         (request,) = await measurement.bodies(self, 1)
-        if measurement.method == "Decide":
-            answer = await self._stub.Decide(pb.DecideRequest.FromString(request), timeout=10)
-        else:
-            answer = await self._stub.Record(pb.RecordRequest.FromString(request), timeout=10)
+        message = getattr(pb, f"{measurement.method}Request").FromString(request)
+        answer = await getattr(self._stub, measurement.method)(message, timeout=10)
         return request, answer.SerializeToString()
 
     async def count(self, measurement: Measurement) -> int:
@@ -73,27 +80,52 @@ class Gateway:
     async def asks_for_credits(self, count: int) -> list[bytes]:
         """Decides that are answered with a ticket."""
         users = islice(cycle(self._with_credits), count)
-        return [_ask(user).SerializeToString() for user in users]
+        return [self._ask_for_credits(user).SerializeToString() for user in users]
 
     async def tickets_to_settle(self, count: int) -> list[bytes]:
         """Records of as many open tickets."""
         return [
             _report(credit_ticket=decision.ticket.ticket)
-            for decision in await self._decided(self._with_credits, count)
+            for decision in await self._decided(self._ask_for_credits, self._with_credits, count)
         ]
+
+    async def batches_for_keys(self, count: int) -> list[bytes]:
+        """BatchDecides that are answered with keys."""
+        return _batches(pb.BatchDecideRequest, map(_ask, cycle(self._with_keys)), count)
+
+    async def batches_for_credits(self, count: int) -> list[bytes]:
+        """BatchDecides that are answered with tickets."""
+        return _batches(pb.BatchDecideRequest, map(self._ask_for_credits, cycle(self._with_credits)), count)
+
+    async def batches_of_tickets(self, count: int) -> list[bytes]:
+        """BatchRecords of open tickets."""
+        reports = map(pb.RecordRequest.FromString, await self.tickets_to_settle(count * ITEMS))
+        return _batches(pb.BatchRecordRequest, reports, count)
+
+    async def batches_of_uses(self, count: int) -> list[bytes]:
+        """BatchRecords of uses of keys."""
+        reports = map(pb.RecordRequest.FromString, await self.uses_of_keys(count * ITEMS))
+        return _batches(pb.BatchRecordRequest, reports, count)
 
     async def uses_of_keys(self, count: int) -> list[bytes]:
         """Records of as many handles."""
         return [
             _report(key_handle=decision.key.handle)
-            for decision in await self._decided(self._with_keys, count)
+            for decision in await self._decided(_ask, self._with_keys, count)
         ]
 
-    async def _decided(self, users: Sequence[str], count: int) -> list[pb.DecideResponse]:
+    def _ask_for_credits(self, user_id: str) -> pb.DecideRequest:
+        request = _ask(user_id)
+        request.constraint = self._payers_constraint
+        return request
+
+    async def _decided(
+        self, ask: Callable[[str], pb.DecideRequest], users: Sequence[str], count: int
+    ) -> list[pb.DecideResponse]:
         decisions: list[pb.DecideResponse] = []
         asking = cycle(users)
         while len(decisions) < count:
-            asks = [_ask(user) for user in islice(asking, min(_BATCH, count - len(decisions)))]
+            asks = [ask(user) for user in islice(asking, min(_BATCH, count - len(decisions)))]
             answer = await self._stub.BatchDecide(pb.BatchDecideRequest(requests=asks), timeout=60)
             decisions += [result.response for result in answer.results]
         return decisions
@@ -110,6 +142,10 @@ def _ask(user_id: str) -> pb.DecideRequest:
         tokens=pb.TokenEstimate(input_tokens=1200, max_output_tokens=1024),
         key_delivery=pb.KEY_DELIVERY_INLINE,
     )
+
+
+def _batches(request: Any, items: Iterator[Message], count: int) -> list[bytes]:
+    return [request(requests=islice(items, ITEMS)).SerializeToString() for _ in range(count)]
 
 
 def _report(**settles: str) -> bytes:
@@ -131,6 +167,20 @@ def _has_secret(response: bytes) -> bool:
 
 def _has_ticket(response: bytes) -> bool:
     return bool(pb.DecideResponse.FromString(response).ticket.ticket)
+
+
+def _all_have(what: str) -> Callable[[bytes], bool]:
+    def check(response: bytes) -> bool:
+        results = pb.BatchDecideResponse.FromString(response).results
+        return len(results) == ITEMS and all(one.response.HasField(what) for one in results)  # type: ignore[arg-type]
+
+    return check
+
+
+def _all_are_durable(response: bytes) -> bool:
+    results = pb.BatchRecordResponse.FromString(response).results
+    durable = [one for one in results if one.response.durability == pb.DURABILITY_DATABASE]
+    return len(durable) == ITEMS
 
 
 def _is_durable(response: bytes) -> bool:
@@ -159,6 +209,13 @@ class Measurement:
     """SQL that counts what the calls have left behind: one row each."""
     by_h2load: bool = False
     """Driven by h2load, with the first request alone."""
+    unary: str | None = None
+    """Of a batch: the measurement of its items, each in a call of its own."""
+
+    @property
+    def items(self) -> int:
+        """In each call."""
+        return 1 if self.unary is None else ITEMS
 
     @property
     def path(self) -> str:
@@ -208,6 +265,44 @@ MEASUREMENTS = (
         is_right=_is_durable,
         once=True,
         rows="SELECT count(*) FROM api_key_usage",
+    ),
+    Measurement(
+        name="batch-own-key",
+        what=f"BatchDecide: {ITEMS} items as in decide-own-key; rates are items a second",
+        method="BatchDecide",
+        bodies=Gateway.batches_for_keys,
+        is_right=_all_have("key"),
+        unary="decide-own-key",
+    ),
+    Measurement(
+        name="batch-credits",
+        what=f"BatchDecide: {ITEMS} items as in decide-credits",
+        method="BatchDecide",
+        bodies=Gateway.batches_for_credits,
+        is_right=_all_have("ticket"),
+        once=True,
+        rows="SELECT count(*) FROM credit_holds",
+        unary="decide-credits",
+    ),
+    Measurement(
+        name="batch-tickets",
+        what=f"BatchRecord: {ITEMS} items as in record-ticket",
+        method="BatchRecord",
+        bodies=Gateway.batches_of_tickets,
+        is_right=_all_are_durable,
+        once=True,
+        rows="SELECT count(*) FROM credit_transactions WHERE transaction_type = 'deduction'",
+        unary="record-ticket",
+    ),
+    Measurement(
+        name="batch-own-key-uses",
+        what=f"BatchRecord: {ITEMS} items as in record-own-key",
+        method="BatchRecord",
+        bodies=Gateway.batches_of_uses,
+        is_right=_all_are_durable,
+        once=True,
+        rows="SELECT count(*) FROM api_key_usage",
+        unary="record-own-key",
     ),
 )
 """In the order of a request's life."""

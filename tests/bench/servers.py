@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ class Server:
 
     address: str
     pid: int
+    worker_pids: tuple[int, ...] = ()
+    """Where `pid` is a supervisor."""
     postgres_pid: int | None = None
 
     def cpu_seconds(self) -> tuple[float, float]:
@@ -34,7 +36,7 @@ class Server:
         postgres: Collection[int] = ()
         if self.postgres_pid is not None:
             postgres = (self.postgres_pid, *children(self.postgres_pid))
-        return cpu_seconds([self.pid]), cpu_seconds(postgres)
+        return cpu_seconds([self.pid, *self.worker_pids]), cpu_seconds(postgres)
 
 
 @asynccontextmanager
@@ -49,21 +51,36 @@ async def echo(sizes: Collection[int], *, cores: Cores) -> AsyncIterator[Server]
 
 
 @asynccontextmanager
-async def sidecar(directory: Path, *, cores: Cores) -> AsyncIterator[tuple[Server, str]]:
-    """`keyturn serve` with an embedded PostgreSQL in `directory`, and the DSN of its database."""
+async def sidecar(
+    directory: Path,
+    *,
+    cores: Cores,
+    workers: int = 1,
+    listen: str = "127.0.0.1:0",
+    settings: Mapping[str, str] | None = None,
+) -> AsyncIterator[tuple[Server, str]]:
+    """`keyturn serve` with an embedded PostgreSQL in `directory`, and the DSN of its database.
+
+    `settings` are the sidecar's own, as in its environment: `{"KEYTURN_CACHED_PROFILES": "1000"}`.
+    """
     log = directory / "keyturn.log"
     database = directory / "pg"
     command = [sys.executable, "-m", "keyturn_server", "serve", "--embedded", str(database)]
-    command += ["--listen", "127.0.0.1:0", "--insecure-loopback"]
+    command += ["--listen", listen, "--insecure-loopback", "--workers", str(workers)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KEYTURN_")}
-    environment |= {"ENCRYPTION_KEY": MASTER_KEY, "ENCRYPTION_KEYS_RETIRED": ""}
+    environment |= {"ENCRYPTION_KEY": MASTER_KEY, "ENCRYPTION_KEYS_RETIRED": "", **(settings or {})}
     with log.open("wb") as stderr:
         async with running(command, cores=cores.server, environment=environment, stderr=stderr) as process:
             address = await _address(process, log)
             postgres = int((database / "data" / "postmaster.pid").read_text().split()[0])
             move((postgres, *children(postgres)), cores.rest)
             yield (
-                Server(address=address, pid=process.pid, postgres_pid=postgres),
+                Server(
+                    address=address,
+                    pid=process.pid,
+                    worker_pids=tuple(children(process.pid)) if workers > 1 else (),
+                    postgres_pid=postgres,
+                ),
                 f"postgresql://keyturn@/keyturn?host={database}/run&port=5432&sslmode=disable",
             )
 
@@ -73,7 +90,8 @@ async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
         async with asyncio.timeout(_START_SECONDS):
             while process.returncode is None:
                 for line in log.read_text().splitlines():
-                    if line.startswith("{") and (event := json.loads(line))["event"] == "serving":
+                    event = json.loads(line) if line.startswith("{") else {}
+                    if event.get("event") == "serving" and "worker" not in event:
                         address: str = event["addresses"][0]
                         return address
                 await asyncio.sleep(0.05)

@@ -53,3 +53,42 @@ async def test_the_bench_of_simulations_prints_its_figures() -> None:
         "credits, meanwhile: ",
     ):
         assert figure in printed
+
+
+async def test_the_bench_of_workers_prints_its_figures() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.bench.workers"),
+        *("--workers=2", "--seconds=0.3", "--rounds=1", "--users=10"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    printed = output.decode()
+    assert process.returncode == 0, printed
+    for row in ("TCP, 1 ", "TCP, 2 ", "Unix, 1 ", "Unix, 2 "):
+        assert f"\n{row}" in printed
+
+
+async def test_the_bench_of_sizes_prints_its_figures() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.bench.size"),
+        *("--users=400", "--keys=600", "--usage-rows=1000", "--few-users=100", "--asked=80"),
+        *("--rounds=1", "--starts=1", "--cached-profiles=160"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    printed = output.decode()
+    assert process.returncode == 0, printed
+    assert "\n400 users, 600 keys, 1,000 usage rows: " in printed
+    for row in (
+        "decide-own-key, started ",
+        "decide-own-key, from disk ",
+        "decide-own-key, cold ",
+        "decide-own-key, cached ",
+        "decide-credits, cold ",
+        "record-ticket, cold ",
+        "record-own-key, cold ",
+    ):
+        assert f"\n{row}" in printed
+    assert " after 320 users " in printed

@@ -15,8 +15,8 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,10 +25,12 @@ from typing import Any, NamedTuple
 import asyncpg
 import grpc
 
+from tests.canaries import check_text
 from tests.factories import Connection
 from tests.support import MASTER_KEY, Sidecar, eventually
 
 _LIMIT_SECONDS = 60
+_KEYTURN = (sys.executable, "-m", "keyturn_server")
 
 
 class Finished(NamedTuple):
@@ -53,13 +55,14 @@ def environment_of(**variables: str) -> dict[str, str]:
 
 async def _start(
     *arguments: str,
+    program: Sequence[str] = _KEYTURN,
     stdin: int = asyncio.subprocess.DEVNULL,
     stdout: int,
     stderr: int | Any,
     variables: dict[str, str],
 ) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "keyturn_server", *arguments),
+        *(*program, *arguments),
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
@@ -83,7 +86,18 @@ async def _finished(arguments: Sequence[str], variables: dict[str, str], stdin: 
         if process.returncode is None:
             process.kill()
             await process.wait()
+    check_text("stderr of a command", err.decode())
     return Finished(process.returncode or 0, out.decode(), err.decode())
+
+
+@contextmanager
+def sigint_ignored() -> Iterator[None]:
+    """What is started in the block ignores SIGINT from the first, as if a shell ran it in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @asynccontextmanager
@@ -213,9 +227,10 @@ class Served:
         """Lines of its log that are not JSON."""
         return [line for line in self.text.splitlines() if not line.startswith("{")]
 
-    def event(self, name: str) -> dict[str, Any] | None:
-        """The first event of that name, if there is one yet."""
-        return next((event for event in self.events if event["event"] == name), None)
+    def event(self, name: str, **facts: Any) -> dict[str, Any] | None:
+        """The first event of that name and with those facts, if there is one yet."""
+        found = (event for event in self.events if event["event"] == name)
+        return next((event for event in found if facts.items() <= event.items()), None)
 
     def channel(self, index: int = 0) -> grpc.aio.Channel:
         """A connection of its own to one of the addresses."""
@@ -233,12 +248,20 @@ class Served:
 
 
 @asynccontextmanager
-async def started(directory: Path, *arguments: str, **variables: str) -> AsyncIterator[Served]:
-    """`keyturn serve`, which may not serve yet. What still runs at the end of the block is killed."""
+async def started(
+    directory: Path, *arguments: str, program: Sequence[str] = _KEYTURN, **variables: str
+) -> AsyncIterator[Served]:
+    """`keyturn serve`, which may not serve yet. What still runs at the end of the block is killed.
+
+    `program` starts `keyturn` with what stands behind it."""
     output = directory / f"{secrets.token_hex(4)}.log"
     with output.open("wb") as file:
         process = await _start(
-            "serve", *arguments, stdout=file.fileno(), stderr=file.fileno(), variables=variables
+            *("serve", *arguments),
+            program=program,
+            stdout=file.fileno(),
+            stderr=file.fileno(),
+            variables=variables,
         )
     try:
         yield Served(process=process, output=output, addresses=[])
@@ -246,16 +269,23 @@ async def started(directory: Path, *arguments: str, **variables: str) -> AsyncIt
         if process.returncode is None:
             process.kill()
             await process.wait()
+    check_text("the output of a sidecar", output.read_text())
 
 
 @asynccontextmanager
-async def serving(directory: Path, *arguments: str, **variables: str) -> AsyncIterator[Served]:
+async def serving(
+    directory: Path, *arguments: str, program: Sequence[str] = _KEYTURN, **variables: str
+) -> AsyncIterator[Served]:
     """`keyturn serve`, once it serves. What still runs at the end of the block is killed."""
-    async with started(directory, *arguments, **variables) as served:
+    async with started(directory, *arguments, program=program, **variables) as served:
 
         async def serves() -> dict[str, Any] | None:
             assert served.process.returncode is None, f"it ended: {served.text}"
-            return served.event("serving")
+            # Each of several workers has such a line, before the supervisor has one for all of them.
+            return next(
+                (event for event in served.events if event["event"] == "serving" and "worker" not in event),
+                None,
+            )
 
         served.addresses = (await eventually(serves, seconds=_LIMIT_SECONDS))["addresses"]
         yield served

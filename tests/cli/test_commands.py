@@ -18,6 +18,7 @@ OPTIONS = {
     ("serve",): {
         "listen",
         "embedded",
+        "spool",
         "reflection",
         "insecure-loopback",
         "socket-roles",
@@ -29,13 +30,15 @@ OPTIONS = {
     },
     ("db", "migrate"): {"embedded"},
     ("db", "check"): {"embedded", "deep", "json"},
+    ("spool", "show"): {"spool", "embedded", "limit", "json"},
+    ("spool", "drop"): {"spool", "embedded"},
     ("keys", "rotate"): {"embedded", "batch", "dry-run", "force", "json"},
     ("demo",): {"once"},
     ("keygen",): set(),
     ("health",): {"address", "token-file", "ca"},
     ("token",): {"role"},
 }
-NOT_IN_THE_ENVIRONMENT = {"once", "role", "batch", "deep", "dry-run", "force", "json"}
+NOT_IN_THE_ENVIRONMENT = {"once", "limit", "role", "batch", "deep", "dry-run", "force", "json"}
 
 
 async def test_the_help_of_each_command_shows_every_option_with_its_variable() -> None:
@@ -54,6 +57,7 @@ async def test_the_help_of_the_whole_names_each_command_and_the_master_keys() ->
     for word in (
         "serve",
         "db",
+        "spool",
         "demo",
         "keygen",
         "health",

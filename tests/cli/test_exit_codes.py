@@ -24,6 +24,7 @@ from tests.cli.command import (
     environment_of,
     keyturn,
     keyturn_on_terminal,
+    sigint_ignored,
 )
 from tests.factories import Connection, Factory
 from tests.support import MASTER_KEY, Sidecar, temporary_directory
@@ -127,15 +128,23 @@ async def test_6_nobody_is_there() -> None:
 
 
 @asynccontextmanager
-async def silence(directory: Path) -> AsyncIterator[str]:
-    """An address where connections are taken and nothing is ever said."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(f"{directory}/silent")
-    listener.listen()
+async def silence(directory: Path, *, heard: asyncio.Event | None = None) -> AsyncIterator[str]:
+    """An address where connections are taken, which `heard` tells, and nothing is ever said."""
+    connections: list[asyncio.StreamWriter] = []
+
+    def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        if heard is not None:
+            heard.set()
+
+    server = await asyncio.start_unix_server(take, f"{directory}/silent")
     try:
         yield f"unix:{directory}/silent"
     finally:
-        listener.close()
+        server.close()
+        for writer in connections:
+            writer.transport.abort()
+        await server.wait_closed()
 
 
 async def test_6_no_answer_in_time() -> None:
@@ -154,18 +163,39 @@ async def test_6_a_row_that_somebody_else_keeps_locked(
     check_fault(finished, 6, "[ROW_LOCKED]")
 
 
-async def test_130_interrupted() -> None:
-    async with temporary_directory() as directory, silence(directory) as address:
+async def interrupted(directory: Path, *options: str) -> tuple[int | None, bytes, bytes]:
+    """How a command ends that is sent SIGINT while nobody answers it."""
+    heard = asyncio.Event()
+    async with silence(directory, heard=heard) as address:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "keyturn_server", *EXPLAIN, "--address", address, "--timeout", "60s"),
+            *(sys.executable, "-m", "keyturn_server", *EXPLAIN, "--address", address, *options),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=environment_of(),
         )
-        await asyncio.sleep(2)
-        process.send_signal(signal.SIGINT)
-        out, err = await process.communicate()
-    assert (process.returncode, out, err) == (130, b"", b"")
+        try:
+            async with asyncio.timeout(60):
+                await heard.wait()  # the command is at its call
+                await asyncio.sleep(1)
+                process.send_signal(signal.SIGINT)
+                out, err = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        return process.returncode, out, err
+
+
+async def test_130_interrupted() -> None:
+    async with temporary_directory() as directory:
+        assert await interrupted(directory, "--timeout", "60s") == (130, b"", b"")
+
+
+async def test_a_command_in_the_background_of_a_script_is_not_interrupted() -> None:
+    async with temporary_directory() as directory:
+        with sigint_ignored():
+            code, _, err = await interrupted(directory, "--timeout", "3s")
+    assert (code, b"DEADLINE_EXCEEDED" in err) == (6, True)
 
 
 async def test_a_reader_that_has_gone_ends_the_command_quietly(sidecar: Sidecar, make: Factory) -> None:

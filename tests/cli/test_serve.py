@@ -19,7 +19,7 @@ from keyturn_server.access_file import parse_callers
 from keyturn_server.serving import AddressError, Admission, claimed
 from keyturn_server.tls import watched_tls
 from keyturn_server.watched import Watched
-from tests.cli.command import Finished, Served, free_port, keyturn, serving
+from tests.cli.command import Finished, Served, free_port, keyturn, serving, sigint_ignored
 from tests.factories import Factory
 from tests.support import MASTER_KEY, temporary_directory
 from tests.test_access import AUTHORITY, entry, files, spiffe_id, token_of, write
@@ -340,6 +340,21 @@ async def test_the_log_is_json_lines_and_a_failed_call_is_no_exception_in_it(
             assert not served.strays
             assert not [event for event in served.events if event["level"] in {"error", "critical"}]
             assert {"event", "level", "timestamp"} <= set.intersection(*map(set, served.events))
+
+
+async def test_a_sidecar_in_the_background_of_a_script_goes_on_when_that_is_interrupted(
+    database: str, make: Factory
+) -> None:
+    user = await make.user(micros=1_000)
+    async with temporary_directory() as directory:
+        listen = f"unix:{directory}/run/s"
+        with sigint_ignored():
+            async with serving(directory, "--listen", listen, KEYTURN_DATABASE_URL=database) as served:
+                served.signal(signal.SIGINT)
+                assert (await decide(served, user, cost_micros=1)).HasField("ticket")
+                served.signal(signal.SIGTERM)
+                assert await served.end() == 0
+                assert [one["signal"] for one in served.events if one["event"] == "signalled"] == ["SIGTERM"]
 
 
 async def test_what_grpc_itself_prints_is_kept_out_of_the_log(database: str) -> None:

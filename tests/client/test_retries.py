@@ -88,7 +88,17 @@ async def test_the_attempts_are_bounded(connect: Connect, sidecar: Sidecar) -> N
     assert len(sidecar.received) == 3
 
 
-@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code.name not in ("OK", "UNAVAILABLE")])
+async def test_a_call_that_the_sidecar_dropped_as_it_ended_is_tried_again(
+    either: Either, sidecar: Sidecar
+) -> None:
+    sidecar.answers("Decide", Fault(grpc.StatusCode.CANCELLED), scripted.credits_pay())
+    await either("decide", **ASK)
+    assert len(sidecar.received) == 2
+
+
+@pytest.mark.parametrize(
+    "code", [code for code in grpc.StatusCode if code.name not in ("OK", "UNAVAILABLE", "CANCELLED")]
+)
 async def test_no_other_status_is_tried_again(
     either: Either, sidecar: Sidecar, code: grpc.StatusCode
 ) -> None:

@@ -220,7 +220,12 @@ async def test_a_deadline_that_passes_is_asked_about_too(connect: Connect, sidec
 
 
 @pytest.mark.parametrize(
-    "code", [code for code in grpc.StatusCode if code.name not in ("OK", "UNAVAILABLE", "DEADLINE_EXCEEDED")]
+    "code",
+    [
+        code
+        for code in grpc.StatusCode
+        if code.name not in ("OK", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
+    ],
 )
 async def test_it_is_asked_for_no_other_error(
     connect: Connect, sidecar: Sidecar, code: grpc.StatusCode

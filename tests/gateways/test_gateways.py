@@ -43,6 +43,7 @@ OWN_KEY = "sk-canary-own-0123456789abcdef"
 OTHER_KEY = "sk-canary-other-0123456789abcdef"
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 _LIMIT_SECONDS = 60
+_MOST_TRIES = 5
 _LISTENING = "listening on "
 _COST = 550
 """Of gpt-4o-2024-08-06: 80 input tokens at $2.50 a million, 40 cached at $1.25, 30 output tokens at $10."""
@@ -71,6 +72,19 @@ class Gateway:
             return await self.process.wait()
 
 
+class Patient(httpx2.AsyncHTTPTransport):
+    """Asks a gateway again that could not ask the sidecar, as it says to: its client gives that two seconds,
+    which a busy machine may take. Nothing has been sent to the provider by then."""
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        for _ in range(_MOST_TRIES - 1):
+            response = await super().handle_async_request(request)
+            if response.status_code != 503 or b"sidecar_unavailable" not in await response.aread():
+                return response
+            await response.aclose()
+        return await super().handle_async_request(request)
+
+
 @asynccontextmanager
 async def running(suite: Suite, sidecar: str, llm: LlmProviders) -> AsyncIterator[Gateway]:
     """The gateway of a language, with little of our environment. It has to end well, and quote no key."""
@@ -97,7 +111,7 @@ async def running(suite: Suite, sidecar: str, llm: LlmProviders) -> AsyncIterato
             async with asyncio.timeout(_LIMIT_SECONDS):
                 line = (await process.stdout.readline()).decode().strip()
             assert line.startswith(_LISTENING), f"it said {line!r}: {read_log()}"
-            async with httpx2.AsyncClient(timeout=_LIMIT_SECONDS) as http:
+            async with httpx2.AsyncClient(transport=Patient(), timeout=_LIMIT_SECONDS) as http:
                 gateway = Gateway(url=line.removeprefix(_LISTENING), process=process, http=http)
                 yield gateway
             if process.returncode is None:

@@ -18,7 +18,8 @@
 
     QueueFull                    `record_later` has no room; the record is still the caller's
 
-A status that has no class here (CANCELLED, UNIMPLEMENTED, …) is a plain `KeyturnError`.
+A status that has no class here (UNIMPLEMENTED, …) is a plain `KeyturnError`. CANCELLED by the other side is
+`Unavailable`: a sidecar that ends drops so what it has not looked at yet.
 """
 
 # ruff: noqa: N818  the names of the gRPC statuses, as every other client has them
@@ -195,6 +196,10 @@ def from_rpc(error: grpc.RpcError) -> KeyturnError:
     with contextlib.suppress(Exception):
         packed = next((value for key, value in trailing if key == "grpc-status-details-bin"), b"")
         details = status_pb2.Status.FromString(packed).details
+    if code is grpc.StatusCode.CANCELLED and not details:
+        # Not by us: who cancels a call of ours gets no error of gRPC's. It is what gRPC's core makes of calls
+        # that a server which ends has not looked at yet (github.com/grpc/grpc/issues/41785).
+        code = grpc.StatusCode.UNAVAILABLE
     return _build(code, message, details)
 
 

@@ -33,7 +33,8 @@ pub enum Error {
     FailedPrecondition(Box<Fault>),
     /// The sidecar is overloaded, or the message is too large.
     ResourceExhausted(Box<Fault>),
-    /// The sidecar or its store is out of reach, after all retries that the deadline allowed.
+    /// The sidecar or its store is out of reach, after all retries that the deadline allowed. CANCELLED by the
+    /// other side is this too: a sidecar that ends drops so what it has not looked at yet.
     Unavailable(Box<Fault>),
     /// No answer in time; the call may have been carried out. [`Error::is_unavailable`] counts it in.
     DeadlineExceeded(Box<Fault>),
@@ -186,7 +187,13 @@ impl Error {
     pub(crate) fn from_status(status: &Status) -> Self {
         // Garbled details never mask the status itself.
         let details = pb::Status::decode(status.details()).unwrap_or_default().details;
-        Self::with_details(status.code(), status.message(), &details)
+        let code = match status.code() {
+            // Not by us: a future that was dropped gets no error. It is what gRPC's core makes of calls that a
+            // server which ends has not looked at yet (github.com/grpc/grpc/issues/41785).
+            tonic::Code::Cancelled if details.is_empty() => tonic::Code::Unavailable,
+            code => code,
+        };
+        Self::with_details(code, status.message(), &details)
     }
 
     /// The error of one item of a batch.

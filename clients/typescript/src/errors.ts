@@ -18,7 +18,8 @@
  *     Closed                       the client was closed, or the call has ended
  *     QueueFull                    no more records fit in the background
  *
- * A status that has no class here (CANCELLED, UNIMPLEMENTED, …) is a plain `KeyturnError`. What the
+ * A status that has no class here (UNIMPLEMENTED, …) is a plain `KeyturnError`. CANCELLED by the
+ * other side is `Unavailable`: a sidecar that ends drops so what it has not looked at yet. What the
  * client refuses before it sends anything is a `TypeError` or `RangeError`, and a call that its
  * caller cancels rejects with the reason of the signal.
  */

@@ -92,7 +92,7 @@ export class Attempts {
 }
 
 /** What gRPC says by itself when it hears nothing. */
-const OF_THE_TRANSPORT: readonly StatusCode[] = ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"];
+const OF_THE_TRANSPORT: readonly StatusCode[] = ["UNAVAILABLE", "DEADLINE_EXCEEDED"];
 
 /** Whether an error says UNAVAILABLE in the transport's name: the sidecar's own has a reason. */
 export function isOutOfReach(error: KeyturnError): boolean {

@@ -172,16 +172,25 @@ export function batchResults<R, V>(
   });
 }
 
-/** The error of a failed call, with the details that came in `grpc-status-details-bin`. */
-export function errorOfCall({ code, message, details: packed }: Failed): KeyturnError {
-  let found: Details = {};
+/**
+ * The error of a failed call that nobody here cancelled, with the details that came in
+ * `grpc-status-details-bin`.
+ */
+export function errorOfCall({ code: number, message, details: packed }: Failed): KeyturnError {
+  let details: readonly Any[] = [];
   if (packed !== undefined) {
     // Details are an extra: garbled ones must never mask the status itself.
     try {
-      found = readDetails(fromBinary(StatusSchema, packed).details);
+      details = fromBinary(StatusSchema, packed).details;
     } catch {}
   }
-  const error = errorOf(statusCode(code), message, found);
+  let code = statusCode(number);
+  if (code === "CANCELLED" && details.length === 0) {
+    // Not by us: who cancels a call gets no error of gRPC's. It is what gRPC's core makes of calls
+    // that a server which ends has not looked at yet (github.com/grpc/grpc/issues/41785).
+    code = "UNAVAILABLE";
+  }
+  const error = errorOf(code, message, readDetails(details));
   // Ten frames are kept: the caller's are worth more than ours.
   Error.captureStackTrace(error, errorOfCall);
   return error;

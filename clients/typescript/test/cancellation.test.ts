@@ -104,6 +104,20 @@ test("a cancelled decision of the caller's request id is cancelled at the sideca
   assert.deepEqual(there.records(), []);
 });
 
+test("a cancelled call is not tried again", async (test) => {
+  const there = await sidecar(test, { explain: () => new Promise(() => undefined) });
+  const asking = client(test, there);
+  const caller = new AbortController();
+  const explaining = asking.explain(ASKED, { signal: caller.signal });
+  await eventually(() => there.seen("explain").length === 1);
+  caller.abort();
+
+  await assert.rejects(explaining, { name: "AbortError" });
+  await eventually(() => there.last.cancelled);
+  await asking.decide(ASKED);
+  assert.equal(there.seen("explain").length, 1);
+});
+
 test("a cancelled wait between attempts ends at once", async (test) => {
   const there = await sidecar(test, {
     explain: () => {

@@ -13,6 +13,8 @@ import { Attempts, retriesOf } from "#dist/retries.js";
 
 import { ASKED, client, Fault, fault, HANDLE, outOfReach, sidecar, TICKET, UNAVAILABLE } from "./sidecar.js";
 
+const CANCELLED = 1;
+
 const unavailable = (retryAfterMs?: number) =>
   new Unavailable("It is said.", "UNAVAILABLE", retryAfterMs === undefined ? {} : { retryAfterMs });
 
@@ -116,6 +118,29 @@ test("what is not unavailable is raised at once", async (test) => {
   });
   await assert.rejects(client(test, there).explain(ASKED), { name: "ResourceExhausted" });
   assert.equal(there.seen("explain").length, 1);
+});
+
+test("a call that the sidecar dropped as it ended is tried again", async (test) => {
+  const there = await sidecar(test, {
+    decide: () => {
+      if (there.seen("decide").length === 1) {
+        throw new Fault(CANCELLED, "");
+      }
+      return {};
+    },
+  });
+  await client(test, there).decide(ASKED);
+  assert.equal(there.seen("decide").length, 2);
+});
+
+test("CANCELLED with details is an answer, and not tried again", async (test) => {
+  const there = await sidecar(test, {
+    decide: () => {
+      throw fault(CANCELLED, "BECAUSE");
+    },
+  });
+  await assert.rejects(client(test, there).decide(ASKED), { name: "KeyturnError", code: "CANCELLED" });
+  assert.equal(there.seen("decide").length, 1);
 });
 
 test("a secret is never asked for twice", async (test) => {

@@ -41,7 +41,7 @@ _PLACE = "keyturn_server.cli"
 _SIDECAR = cyclopts.Group("Run it", sort_key=1)
 _ASKING = cyclopts.Group("Ask a running sidecar", sort_key=2)
 
-for _where in ("serve:serve", "demo:demo", "db:app", "keygen:keygen", "token:token"):
+for _where in ("serve:serve", "demo:demo", "db:app", "spool:app", "keygen:keygen", "token:token"):
     app.command(f"{_PLACE}.{_where}", name=_where.partition(":")[0], group=_SIDECAR)
 for _where in ("decide", "record", "explain"):
     app.command(f"{_PLACE}.routing:{_where}", name=_where, group=_ASKING)
@@ -76,7 +76,7 @@ def _run() -> ExitCode:
     except Ended as ending:
         return _end(ending)
     except Exception as error:
-        return _fault(error)
+        return fault(error)
     return ended if isinstance(ended, ExitCode) else ExitCode.DONE
 
 
@@ -96,7 +96,7 @@ def _end(ending: Ended) -> ExitCode:
     return ending.code
 
 
-def _fault(error: Exception) -> ExitCode:
+def fault(error: Exception) -> ExitCode:
     """Says what a fault means. A defect goes through the log and its scrubber: a trace may quote what
     must not be shown."""
     from keyturn_server.errors import KeyturnFault, StoreUnavailable

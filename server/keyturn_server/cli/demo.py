@@ -88,6 +88,7 @@ async def _shown(console: Console, *, stays: bool = False) -> AsyncIterator[None
         settings = Settings(
             database_url=SecretStr(postgres.dsn),
             embedded=None,
+            spool=directory / "spool",
             listen=(f"127.0.0.1:{_free_port()}",),
             reflection=True,
             insecure_loopback=True,

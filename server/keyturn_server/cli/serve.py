@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,15 +10,20 @@ import uvloop
 from cyclopts import Parameter
 
 from keyturn_server.app import sidecar
+from keyturn_server.cli import fault
+from keyturn_server.dumps import forbid_dumps
 from keyturn_server.logs import get_log, logging_apart
 from keyturn_server.serving import until_signalled
-from keyturn_server.settings import read_settings
+from keyturn_server.settings import forget_secrets, read_settings, refuse_leaks
+from keyturn_server.workers import run_workers
 
 
 def serve(
     *,
     listen: Annotated[list[str] | None, Parameter(negative="")] = None,
     embedded: Path | None = None,
+    spool: Path | None = None,
+    workers: int | None = None,
     reflection: Annotated[bool | None, Parameter(negative="")] = None,
     insecure_loopback: Annotated[bool | None, Parameter(negative="")] = None,
     socket_roles: str | None = None,
@@ -39,6 +45,13 @@ def serve(
         user in $XDG_RUNTIME_DIR/keyturn or ~/.keyturn/run. [KEYTURN_LISTEN, comma-separated]
     embedded
         Run a PostgreSQL of its own with its data in this directory. [KEYTURN_EMBEDDED]
+    spool
+        A directory on a local disk that lasts, for records while the database is away; each sidecar
+        has one of its own. Default: in the directory of --embedded; without that, none.
+        [KEYTURN_SPOOL]
+    workers
+        How many processes share the addresses, each with its own connections to the database, caches and
+        rate limits. Default: 1. [KEYTURN_WORKERS]
     reflection
         Serve reflection and channelz, for grpcurl and buf curl. [KEYTURN_REFLECTION]
     insecure_loopback
@@ -60,9 +73,12 @@ def serve(
     metrics
         host:port for Prometheus metrics over HTTP. [KEYTURN_METRICS]
     """
+    refuse_leaks()
     settings = read_settings(
         listen=tuple(listen) if listen else None,
         embedded=embedded,
+        spool=spool,
+        workers=workers,
         reflection=reflection,
         insecure_loopback=insecure_loopback,
         socket_roles=socket_roles,
@@ -72,6 +88,11 @@ def serve(
         tls_client_ca=tls_client_ca,
         metrics=metrics,
     )
+    forget_secrets()
+    if settings.workers > 1:
+        sys.exit(run_workers(settings, on_fault=fault))
     with logging_apart(settings.log_level) as lines:
         log = get_log()
+        for reason in forbid_dumps():
+            log.warning("dumps_allowed", reason=reason)
         uvloop.run(until_signalled(sidecar(settings, log=log, audit=lines), log=log))

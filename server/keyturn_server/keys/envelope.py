@@ -15,7 +15,9 @@ from __future__ import annotations
 import os
 import re
 from binascii import a2b_base64, b2a_base64
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from struct import Struct
 from typing import Final
 from uuid import UUID
@@ -76,8 +78,18 @@ def open_sealed(keyring: Keyring, text: str, *, user_id: str, provider: str, row
     Raises:
         Unreadable: with the cause; see :class:`UnreadableCause`.
     """
+    return opener(keyring, text, user_id=user_id, provider=provider, row_id=row_id)()
+
+
+def opener(keyring: Keyring, text: str, *, user_id: str, provider: str, row_id: UUID) -> Callable[[], Secret]:
+    """What opens the secret stored in this row, over and over: as `open_sealed` does, with the row made
+    out once. It holds the row's own bytes and never the secret.
+
+    Raises:
+        Unreadable: the row cannot be made out; or, by the opener, it does not open.
+    """
     if not text.startswith(_PREFIX):
-        return _open_legacy(keyring, text)
+        return partial(_open_legacy, keyring, text)
     key_id, _, body = text[len(_PREFIX) :].partition(".")
     key = keyring.by_id(key_id)
     if key is None:
@@ -96,7 +108,11 @@ def open_sealed(keyring: Keyring, text: str, *, user_id: str, provider: str, row
             key_id=key_id,
         )
     place = _place(key_id, user_id, provider, row_id)
-    secret = _open(key.envelope, raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], place, key_id)
+    return partial(_open_current, key.envelope, raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], place, key_id)
+
+
+def _open_current(cipher: AESGCM, nonce: bytes, sealed: bytes, place: bytes, key_id: str) -> Secret:
+    secret = _open(cipher, nonce, sealed, place, key_id)
     if secret is None:
         raise Unreadable(
             UnreadableCause.TAMPERED,

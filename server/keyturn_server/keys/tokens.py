@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from hashlib import blake2b
+from hmac import compare_digest
 from struct import Struct
 from typing import Any, Final
 from uuid import UUID
@@ -134,7 +135,7 @@ class TokenSealer:
         ValueError: there is no root, or two have the same id.
     """
 
-    __slots__ = ("_handles", "_pages", "_tickets")
+    __slots__ = ("_handles", "_pages", "_signing", "_tickets")
 
     def __init__(self, roots: Sequence[TokenRoot]) -> None:
         if not roots:
@@ -144,6 +145,8 @@ class TokenSealer:
         self._handles = _Box(_HANDLE_PREFIX, roots)
         self._tickets = _Box(_TICKET_PREFIX, roots)
         self._pages = _Box(_PAGE_PREFIX, roots)
+        # root id -> the key that records are signed with; the first one signs
+        self._signing = {root.id: derive(root.secret, b"keyturn/spool") for root in roots}
 
     def seal_handle(self, claims: HandleClaims) -> str:
         """A ``kth1_`` token with these claims.
@@ -247,6 +250,16 @@ class TokenSealer:
         cursor: list[Any] = json.loads(payload[_QUERY_BYTES:])
         return cursor
 
+    def sign_record(self, body: bytes) -> bytes:
+        """The signature of a record that leaves this process, for `is_signed`: 20 bytes."""
+        root_id = next(iter(self._signing))
+        return root_id + _signature(body, self._signing[root_id])
+
+    def is_signed(self, body: bytes, signature: bytes) -> bool:
+        """Whether a record was signed, as it is, on this database."""
+        key = self._signing.get(signature[:_ROOT_ID_BYTES])
+        return key is not None and compare_digest(signature[_ROOT_ID_BYTES:], _signature(body, key))
+
 
 class _Box:
     """One kind of token: its prefix, and under each root a key of its own."""
@@ -315,6 +328,10 @@ _NAMES: Final = {_HANDLE_PREFIX: "key handle", _TICKET_PREFIX: "credit ticket", 
 
 def _fingerprint(query: bytes) -> bytes:
     return blake2b(query, digest_size=_QUERY_BYTES).digest()
+
+
+def _signature(body: bytes, key: bytes) -> bytes:
+    return blake2b(body, digest_size=_TAG_BYTES, key=key).digest()
 
 
 def _encode(*texts: str) -> list[bytes]:

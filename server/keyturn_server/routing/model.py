@@ -9,7 +9,14 @@ from enum import Enum
 from uuid import UUID
 
 
-class Mode(Enum):
+class Word(Enum):
+    """A word of a closed vocabulary. It hashes as what it is, one object: `Enum` would hash its name, in
+    Python, at each look-up."""
+
+    __hash__ = object.__hash__
+
+
+class Mode(Word):
     """Which of the four named configurations of the flags is in force."""
 
     INTERNAL_ONLY = "INTERNAL_ONLY"
@@ -18,14 +25,14 @@ class Mode(Enum):
     BYOK_FIRST = "BYOK_FIRST"
 
 
-class Path(Enum):
+class Path(Word):
     """A way to pay."""
 
     OWN_KEY = "OWN_KEY"
     CREDITS = "CREDITS"
 
 
-class Constraint(Enum):
+class Constraint(Word):
     """How a caller tightens the policy for one request; it never relaxes it."""
 
     ANY = "ANY"
@@ -33,7 +40,7 @@ class Constraint(Enum):
     CREDITS_ONLY = "CREDITS_ONLY"
 
 
-class Reason(Enum):
+class Reason(Word):
     """Why a route was chosen."""
 
     BYOK_FIRST_OWN_KEY = "BYOK_FIRST_OWN_KEY"
@@ -48,7 +55,7 @@ class Reason(Enum):
     DENIED = "DENIED"
 
 
-class DenialReason(Enum):
+class DenialReason(Word):
     """Why nobody's credential may pay."""
 
     NO_KEY_AND_NO_CREDITS = "NO_KEY_AND_NO_CREDITS"
@@ -62,7 +69,7 @@ class DenialReason(Enum):
     ENCRYPTION_NOT_CONFIGURED = "ENCRYPTION_NOT_CONFIGURED"
 
 
-class Out(Enum):
+class Out(Word):
     """Why a path is not among those to try."""
 
     PROVIDER_DISABLED = "the provider is switched off"
@@ -75,7 +82,7 @@ class Out(Enum):
     KEYS_UNUSABLE = "none of the user's keys for the provider is usable"
 
 
-class Credits(Enum):
+class Credits(Word):
     """What came of asking the balance for a hold."""
 
     HELD = "HELD"

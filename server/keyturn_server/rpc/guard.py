@@ -1,7 +1,7 @@
 """The outermost layer of every method: bytes in, bytes out, and no exception's text to the caller.
 
-Methods are registered without deserializers, so that a body that is no protobuf gets an answer of
-ours, and without interceptors, which cost more than a decision does.
+Methods take calls whose body nobody has read, so that one that is no protobuf gets an answer of ours, and
+there are no interceptors, which cost more than a decision does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
@@ -18,14 +20,23 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from keyturn_server.access import Caller, Role
-from keyturn_server.errors import PermissionDenied, Unauthenticated
+from keyturn_server.errors import Overloaded, PermissionDenied, Unauthenticated
+from keyturn_server.rpc.accepting import Call, UnaryMethod
 from keyturn_server.rpc.access import Access, transport_of
-from keyturn_server.rpc.status import MalformedRequest, RequestTooLarge, internal_status, status_of
+from keyturn_server.rpc.status import (
+    MalformedRequest,
+    OutOfTime,
+    RequestTooLarge,
+    internal_status,
+    known_status,
+    status_of,
+)
 
 Request = TypeVar("Request", bound=Message)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_REQUEST_BYTES = 64 * 1024
+_AT_ONCE = 64  # calls of one method on the data plane
 MAX_BATCH_BYTES = 1024 * 1024
 
 
@@ -45,6 +56,17 @@ ANYBODY = frozenset(Role)
 """Whoever has any role."""
 
 
+class Urgency(Enum):
+    """Who is turned away when there is more to do than can be done in time. Rules: docs/decisions/0015."""
+
+    BEGINS = "begins"
+    """First: nothing has been spent yet. Not carried out once its deadline has passed, either."""
+    ENDS = "ends"
+    """Later: a decision was made, and with a record money has been spent."""
+    ALWAYS = "always"
+    """Never, and it does not count: the few calls of operators."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method(Generic[Request]):
     """One unary method: what it takes, what answers it, and who may call it."""
@@ -52,6 +74,9 @@ class Method(Generic[Request]):
     request_type: type[Request]
     answer: Callable[[Request, Caller], Coroutine[Any, Any, Message]]
     roles: frozenset[Role]
+    urgency: Urgency = Urgency.ALWAYS
+    weight: Callable[[Request], int] = lambda request: 1
+    """As how many calls it counts."""
     max_bytes: int = MAX_REQUEST_BYTES
 
 
@@ -67,7 +92,7 @@ class Service(Protocol):
 
 
 class Guard:
-    """Makes gRPC handlers of plain functions from request and caller to response message.
+    """Makes gRPC methods of plain functions from request and caller to response message.
 
     Every handler, also those of services that are not ours, looks at the caller before it reads the
     body: so somebody unknown gets one and the same answer, whatever is asked and however.
@@ -80,55 +105,93 @@ class Guard:
         log: Log,
         on_call: Callable[[str, str], None],
         on_denied: Callable[[str, str, str], None],
+        on_shed: Callable[[str], None],
+        max_concurrent_calls: int,
     ) -> None:
-        """`on_call` hears of each call of ours and the code it ended with; `on_denied` of the code,
-        the method, and who was turned away."""
+        """`on_call` hears of each call of ours and the code it ended with; `on_denied` of the code, the
+        method, and who was turned away; `on_shed` of the method of a call that was one too many.
+
+        At most `max_concurrent_calls` are carried out at once before those that begin something are
+        turned away, and twice as many before those that end it are."""
         self._access = access
         self._log = log
         self._on_call = on_call
         self._on_denied = on_denied
+        self._on_shed = on_shed
+        self._limits = {Urgency.BEGINS: max_concurrent_calls, Urgency.ENDS: 2 * max_concurrent_calls}
         self._changes: set[asyncio.Task[Message]] = set()
+        self._reading: dict[asyncio.Task[Any] | None, bool] = {}
+        """Whose body has not come yet, and whether it is given up."""
         self.in_flight = 0
         """Calls being answered right now."""
+        self.carried = 0
+        """What is being carried out of the data plane, in calls: a batch counts as several."""
 
-    def handler(self, service: Service) -> grpc.GenericRpcHandler:
-        """The handler of all methods of a service."""
-        methods = {name: self._unary(name, method) for name, method in service.methods().items()}
-        return grpc.method_handlers_generic_handler(service.name, methods)
+    def methods(self, service: Service) -> dict[str, UnaryMethod]:
+        """All methods of a service, by name."""
+        return {name: self._unary(name, method) for name, method in service.methods().items()}
 
-    def _unary(self, name: str, method: Method[Any]) -> grpc.RpcMethodHandler[Any, Any]:
-        request_type, answer, roles, max_bytes = (
+    def _unary(self, name: str, method: Method[Any]) -> UnaryMethod:
+        request_type, answer, roles, max_bytes, weight = (
             method.request_type,
             method.answer,
             method.roles,
             method.max_bytes,
+            method.weight,
         )
+        begins = method.urgency is Urgency.BEGINS
+        limit = self._limits.get(method.urgency)
 
-        async def handle(_: object, context: Context) -> bytes:
+        async def handle(call: Call) -> None:
+            context = call.context
+            answered: bytes | grpc.Status
             self.in_flight += 1
+            carries = 0
             try:
                 caller = self._admit(context, name, roles)
-                body = await _read(context)
+                # Before anything is spent on it. A call counts once its body is here: a caller who never
+                # sends one would take the place of others.
+                if limit is not None and self.carried >= limit:
+                    raise Overloaded
+                body = await self._read(context, call.task)
                 if len(body) > max_bytes:
                     raise RequestTooLarge(len(body), max_bytes)
+                if limit is not None:
+                    # Many may have come in while it was read.
+                    if self.carried >= limit:
+                        raise Overloaded
+                    if begins and (left := context.time_remaining()) is not None and left <= 0:
+                        raise OutOfTime
                 try:
                     request = request_type.FromString(body)
                 except DecodeError:
                     raise MalformedRequest from None
+                if limit is not None:
+                    carries = weight(request)
+                    # One that is over the limit by itself goes when nothing else does.
+                    if self.carried and self.carried + carries > limit:
+                        carries = 0
+                        raise Overloaded
+                    self.carried += carries
                 work = answer(request, caller)
-                response = await (self._to_its_end(work) if roles == CHANGING else work)
+                response = await call.carried_out(self._to_its_end(work) if roles == CHANGING else work)
+                answered = response.SerializeToString()
                 self._on_call(name, "OK")
-                return response.SerializeToString()
+            except Overloaded:
+                self._on_shed(name)
+                answered = self._refused(name, _OVERLOADED)
             except Exception as error:
-                status = self.status(name, error)
+                answered = self._refused(name, rpc_status.to_status(self.status(name, error)))
             finally:
                 self.in_flight -= 1
-            self._on_call(name, _CODES[status.code])
-            await context.abort_with_status(rpc_status.to_status(status))
-            raise AssertionError("abort returned")
+                self.carried -= carries
+            await call.answer(answered)
 
-        # As a stream of one request: that of a unary method would be read before we are asked.
-        return grpc.stream_unary_rpc_method_handler(handle)
+        return UnaryMethod(answer=handle, at_once=1 if limit is None else _AT_ONCE)
+
+    def _refused(self, name: str, status: grpc.Status) -> grpc.Status:
+        self._on_call(name, status.code.name)
+        return status
 
     async def _to_its_end(self, work: Coroutine[Any, Any, Message]) -> Message:
         """The answer of an operator's change. It is made and audited whole, also for a caller that hangs up
@@ -149,11 +212,10 @@ class Guard:
             await asyncio.wait(self._changes)
 
     def foreign(
-        self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
-    ) -> grpc.GenericRpcHandler:
-        """The handler of a service that is not ours, for whoever has any role."""
-        methods = {name: self._foreign(name, handler) for name, handler in handlers.items()}
-        return grpc.method_handlers_generic_handler(service, methods)
+        self, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+    ) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """The handlers of a service that is not ours, for whoever has any role."""
+        return {name: self._foreign(name, handler) for name, handler in handlers.items()}
 
     def _foreign(
         self, name: str, handler: grpc.RpcMethodHandler[Any, Any]
@@ -166,12 +228,20 @@ class Guard:
             request: Any = requests
             if not handler.request_streaming:
                 try:
-                    request = decode(await _read(context))
-                except (DecodeError, MalformedRequest):
-                    status = self.status(name, MalformedRequest())
-                    await context.abort_with_status(rpc_status.to_status(status))
-            response = await inner(request, context)
-            if not handler.response_streaming:
+                    request = decode(await self._read(context, asyncio.current_task()))
+                except (DecodeError, MalformedRequest, OutOfTime) as error:
+                    fault = error if isinstance(error, OutOfTime) else MalformedRequest()
+                    await context.abort_with_status(rpc_status.to_status(self.status(name, fault)))
+            try:
+                response = await inner(request, context)
+            except grpc.aio.BaseError:  # gRPC's own: an abort, or a caller that went away
+                raise
+            except Exception as error:
+                # A stream's messages are decoded as they are read.
+                status = self.status(name, MalformedRequest() if isinstance(error, DecodeError) else error)
+                await context.abort_with_status(rpc_status.to_status(status))
+            # A library's method may set a status and return nothing.
+            if not handler.response_streaming and response is not None:
                 await context.write(response)
 
         return grpc.stream_stream_rpc_method_handler(
@@ -209,6 +279,38 @@ class Guard:
             status = self.status(method, error)
         await context.abort_with_status(rpc_status.to_status(status))
 
+    async def _read(self, context: Context, task: asyncio.Task[Any] | None) -> bytes:
+        """The body, read by `task`, the current one.
+
+        Raises `MalformedRequest` where none comes, or one that gRPC cuts off for its size, and `OutOfTime`
+        where it takes too long.
+        """
+        self._reading[task] = False
+        try:
+            body = await context.read()
+        except asyncio.CancelledError:
+            if self._reading[task] and task is not None and not task.uncancel():
+                raise OutOfTime from None
+            raise
+        finally:
+            del self._reading[task]
+        if not isinstance(body, bytes):
+            raise MalformedRequest
+        return body
+
+    async def give_up_bodies(self, timeout: timedelta) -> None:
+        """End calls whose body has not come within `timeout` (at most twice that), until cancelled.
+
+        A timer for each call would cost more than all else that is done before it is carried out.
+        """
+        while True:
+            waiting = list(self._reading)
+            await asyncio.sleep(timeout.total_seconds())
+            for task in waiting:
+                if task is not None and self._reading.get(task) is False:
+                    self._reading[task] = True
+                    task.cancel()
+
     def status(self, method: str, error: Exception) -> status_pb2.Status:
         """The status for `error`. A defect is logged with its trace and answered with its id only."""
         status = status_of(error)
@@ -219,14 +321,6 @@ class Guard:
         return status
 
 
-async def _read(context: Context) -> bytes:
-    """The body. Raises `MalformedRequest` where none comes, or one that gRPC cuts off for its size."""
-    body = await context.read()
-    if not isinstance(body, bytes):
-        raise MalformedRequest
-    return body
-
-
 class _Rest(grpc.GenericRpcHandler):
     def __init__(self, handler: grpc.RpcMethodHandler[Any, Any]) -> None:
         self._handler = handler
@@ -235,4 +329,5 @@ class _Rest(grpc.GenericRpcHandler):
         return self._handler
 
 
-_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
+# Made once: turning a call away has to be cheaper than carrying it out.
+_OVERLOADED = rpc_status.to_status(known_status(Overloaded()))

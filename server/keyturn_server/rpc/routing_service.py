@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from keyturn.secret import Secret
 from keyturn.v1 import routing_service_pb2
 from keyturn_server.access import Caller
 from keyturn_server.decide import KeyRoute
@@ -15,7 +14,7 @@ from keyturn_server.errors import InvalidFields
 from keyturn_server.keys.tokens import InvalidToken
 from keyturn_server.rpc.decode import ask_from, check_batch, check_handle, report_from
 from keyturn_server.rpc.encode import decision_message, explanation_message, record_message
-from keyturn_server.rpc.guard import ANYBODY, DATA_PLANE, MAX_BATCH_BYTES, Guard, Method
+from keyturn_server.rpc.guard import ANYBODY, DATA_PLANE, MAX_BATCH_BYTES, Guard, Method, Urgency
 from keyturn_server.rpc.status import BadToken, item_status
 
 if TYPE_CHECKING:
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
     from keyturn_server.redeem import Redeemer
 
 NAME = routing_service_pb2.DESCRIPTOR.services_by_name["RoutingService"].full_name
+
+# An item costs about a quarter of what it would as a call of its own.
+_ITEMS_OF_A_CALL = 4
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -63,52 +65,70 @@ class RoutingService:
         """The methods by name."""
         v1 = routing_service_pb2
         return {
-            "Decide": Method(request_type=v1.DecideRequest, answer=self.decide, roles=DATA_PLANE),
-            "Record": Method(request_type=v1.RecordRequest, answer=self.record, roles=DATA_PLANE),
-            "Redeem": Method(request_type=v1.RedeemRequest, answer=self.redeem, roles=DATA_PLANE),
+            "Decide": Method(
+                request_type=v1.DecideRequest, answer=self.decide, roles=DATA_PLANE, urgency=Urgency.BEGINS
+            ),
+            "Record": Method(
+                request_type=v1.RecordRequest, answer=self.record, roles=DATA_PLANE, urgency=Urgency.ENDS
+            ),
+            "Redeem": Method(
+                request_type=v1.RedeemRequest, answer=self.redeem, roles=DATA_PLANE, urgency=Urgency.ENDS
+            ),
             # It says nothing that an operator may not know, and support needs it.
-            "Explain": Method(request_type=v1.ExplainRequest, answer=self.explain, roles=ANYBODY),
+            "Explain": Method(
+                request_type=v1.ExplainRequest, answer=self.explain, roles=ANYBODY, urgency=Urgency.BEGINS
+            ),
             "BatchDecide": Method(
                 request_type=v1.BatchDecideRequest,
                 answer=self.batch_decide,
                 roles=DATA_PLANE,
+                urgency=Urgency.BEGINS,
+                weight=_weight,
                 max_bytes=MAX_BATCH_BYTES,
             ),
             "BatchRecord": Method(
                 request_type=v1.BatchRecordRequest,
                 answer=self.batch_record,
                 roles=DATA_PLANE,
+                urgency=Urgency.ENDS,
+                weight=_weight,
                 max_bytes=MAX_BATCH_BYTES,
             ),
         }
 
-    async def decide(
+    def decide(
         self, request: routing_service_pb2.DecideRequest, caller: Caller
-    ) -> routing_service_pb2.DecideResponse:
-        return await self._decide(request, caller, "Decide")
+    ) -> Coroutine[Any, Any, routing_service_pb2.DecideResponse]:
+        return self._decide(request, caller, "Decide")
 
     async def _decide(
         self, request: routing_service_pb2.DecideRequest, caller: Caller, by: str
     ) -> routing_service_pb2.DecideResponse:
         ask = ask_from(request)
-        with _tokens_in("failed_key_handles"):
+        try:
             decision = await self._decider.decide(ask)
-        match decision.route:
-            case KeyRoute(secret=Secret(), key_id=key_id):
-                self._audit.secret_handed_out(
-                    caller, user_id=ask.user_id, key_id=key_id, decision_id=decision.id, by=by
-                )
+        except InvalidToken as error:
+            raise BadToken("failed_key_handles", error) from None
+        route = decision.route
+        if isinstance(route, KeyRoute) and route.secret is not None:
+            self._audit.secret_handed_out(
+                caller, user_id=ask.user_id, key_id=route.key_id, decision_id=decision.id, by=by
+            )
         return decision_message(decision)
 
     async def record(
         self, request: routing_service_pb2.RecordRequest, caller: Caller
     ) -> routing_service_pb2.RecordResponse:
         report = report_from(request)
-        if request.WhichOneof("settles") == "credit_ticket":
-            with _tokens_in("credit_ticket"):
-                return record_message(await self._recorder.settle_ticket(request.credit_ticket, report))
-        with _tokens_in("key_handle"):
-            return record_message(await self._recorder.record_key(request.key_handle, report))
+        settles = request.WhichOneof("settles")
+        try:
+            if settles == "credit_ticket":
+                recorded = await self._recorder.settle_ticket(request.credit_ticket, report)
+            else:
+                recorded = await self._recorder.record_key(request.key_handle, report)
+        except InvalidToken as error:
+            raise BadToken(settles or "key_handle", error) from None
+        return record_message(recorded)
 
     async def redeem(
         self, request: routing_service_pb2.RedeemRequest, caller: Caller
@@ -134,10 +154,10 @@ class RoutingService:
     async def batch_decide(
         self, request: routing_service_pb2.BatchDecideRequest, caller: Caller
     ) -> routing_service_pb2.BatchDecideResponse:
-        async def decide(
+        def decide(
             item: routing_service_pb2.DecideRequest, caller: Caller
-        ) -> routing_service_pb2.DecideResponse:
-            return await self._decide(item, caller, "BatchDecide")
+        ) -> Coroutine[Any, Any, routing_service_pb2.DecideResponse]:
+            return self._decide(item, caller, "BatchDecide")
 
         result = routing_service_pb2.BatchDecideResult
         results = await self._each("BatchDecide", request.requests, caller, decide, result)
@@ -168,6 +188,10 @@ class RoutingService:
                 return result(status=item_status(self._guard.status(method, error)))
 
         return await asyncio.gather(*(one(item) for item in items))
+
+
+def _weight(batch: routing_service_pb2.BatchDecideRequest | routing_service_pb2.BatchRecordRequest) -> int:
+    return 1 + len(batch.requests) // _ITEMS_OF_A_CALL
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from keyturn_server.errors import (
     RecordTooLate,
     RequestIdReused,
     RowLocked,
+    SpoolUnavailable,
     StoreUnavailable,
     TierNotEligible,
     TooManyKeys,
@@ -58,6 +59,13 @@ class RequestTooLarge(KeyturnFault):
         super().__init__(f"The request has {size} bytes; the limit is {limit}.")
 
 
+class OutOfTime(KeyturnFault):
+    """The call's deadline passed while it waited, or its body did not come. Nothing was done."""
+
+    def __init__(self) -> None:
+        super().__init__("The time for this call is over. Nothing was done.")
+
+
 class BadToken(KeyturnFault):
     """A sealed token that does not open, and the field it stood in."""
 
@@ -78,6 +86,7 @@ class Entry(NamedTuple):
 TABLE: dict[type[Exception], Entry] = {
     MalformedRequest: Entry(grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST"),
     RequestTooLarge: Entry(grpc.StatusCode.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE"),
+    OutOfTime: Entry(grpc.StatusCode.DEADLINE_EXCEEDED, "OUT_OF_TIME"),
     InvalidFields: Entry(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
     BadToken: Entry(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_TOKEN"),
     UserNotFound: Entry(grpc.StatusCode.NOT_FOUND, "USER_NOT_FOUND"),
@@ -101,6 +110,7 @@ TABLE: dict[type[Exception], Entry] = {
     LockoutNotAcknowledged: Entry(grpc.StatusCode.FAILED_PRECONDITION, "LOCKOUT_NOT_ACKNOWLEDGED"),
     StoreUnavailable: Entry(grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"),
     RowLocked: Entry(grpc.StatusCode.UNAVAILABLE, "ROW_LOCKED"),
+    SpoolUnavailable: Entry(grpc.StatusCode.UNAVAILABLE, "SPOOL_UNAVAILABLE"),
     Overloaded: Entry(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
 }
 
@@ -129,10 +139,20 @@ def status_of(error: Exception) -> status_pb2.Status | None:
         case LockoutNotAcknowledged():
             info.metadata["locked_out_users"] = str(error.locked_out_users)
         case StoreUnavailable() | Overloaded():
+            if isinstance(error, SpoolUnavailable):
+                info.metadata["cause"] = error.cause.value
             details.append(
                 error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=_RETRY_SECONDS))
             )
     return _status(entry.code, str(error), info, *details)
+
+
+def known_status(fault: KeyturnFault) -> status_pb2.Status:
+    """The status for a fault that is in the table."""
+    status = status_of(fault)
+    if status is None:
+        raise KeyError(type(fault).__name__)
+    return status
 
 
 def internal_status(error_id: str) -> status_pb2.Status:

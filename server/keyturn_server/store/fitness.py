@@ -329,7 +329,7 @@ def _of_server(server: asyncpg.Record) -> Iterator[Finding]:
 
 async def _of_connections(look: _Look) -> list[Finding]:
     row = await _one(look.connection, _CONNECTIONS)
-    needed = look.connections + 1  # the push has one of its own
+    needed = look.connections + 2  # the push and the watch have one each
     findings = []
     for name, most in (
         ("max_connections", row["most"]),

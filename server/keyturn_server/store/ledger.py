@@ -1,13 +1,14 @@
 """The ledger: grouped statements that place holds, settle tickets and record the use of own keys.
 
-The statements are functions of the database (migrations/0002_ledger.sql), where the locking order is
-written down; docs/decisions/0002-ledger-functions.md says why they are functions.
+The statements are functions of the database (migrations/0002_ledger.sql and 0006_waited.sql), where the
+locking order is written down; docs/decisions/0002-ledger-functions.md says why they are functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _PLACE = "SELECT * FROM keyturn_place_holds($1::keyturn_hold_request[], $2) ORDER BY ord"
-_SETTLE = "SELECT * FROM keyturn_settle_tickets($1::keyturn_settlement[], $2) ORDER BY ord"
-_RECORD = "SELECT * FROM keyturn_record_key_usage($1::keyturn_key_record[], $2) ORDER BY ord"
+_SETTLE = "SELECT * FROM keyturn_settle_tickets($1::keyturn_settlement[], $2, $3::interval[]) ORDER BY ord"
+_RECORD = "SELECT * FROM keyturn_record_key_usage($1::keyturn_key_record[], $2, $3::interval[]) ORDER BY ord"
 _FIND = """
 SELECT 'replayed' AS status, h.id AS hold_id, h.amount_micros,
        a.balance_micros - a.held_micros AS available_micros, h.created_at, h.expires_at,
@@ -59,10 +60,11 @@ _GRANT = "SELECT * FROM keyturn_add_grants($1::keyturn_grant[], $2) ORDER BY ord
 _EXPIRE = "SELECT * FROM keyturn_expire_holds($1)"
 _FORGET = "SELECT keyturn_forget($1)"
 
-# Enough to fill a statement under load, small enough to keep its locks short.
-_MOST_IN_A_GROUP = 512
+# Enough to fill a statement under load, small enough to keep its locks short. Beyond it an item costs more
+# again: the functions look their rows up one by one, in lists as long as the group.
+_MOST_IN_A_GROUP = 128
 # Some seconds' worth: whoever came behind it would not be answered in time.
-_MOST_QUEUED = 16 * _MOST_IN_A_GROUP
+_MOST_QUEUED = 64 * _MOST_IN_A_GROUP
 _MOST_MICROS = 2**63 - 1
 
 
@@ -136,21 +138,23 @@ async def open_ledger(
 ) -> AsyncIterator[Ledger]:
     """A ledger; at the end of the block what is queued is carried out first."""
 
-    async def run(sql: str, rows: list[tuple[Any, ...]]) -> list[asyncpg.Record]:
+    async def run(sql: str, rows: list[tuple[Any, ...]], *more: object) -> list[asyncpg.Record]:
         # A row that somebody else keeps locked costs the group one wait, and then its own caller only.
         try:
-            return await database.fetch(sql, rows, True)
+            return await database.fetch(sql, rows, True, *more)
         except RowLocked:
-            return await database.fetch(sql, rows, False)
+            return await database.fetch(sql, rows, False, *more)
 
     async def place(requests: Sequence[HoldRequest]) -> list[HoldAnswer | Exception | Again]:
         return [_placed(row) for row in await run(_PLACE, [_hold_row(one) for one in requests])]
 
     async def settle(settlements: Sequence[Settlement]) -> list[Settled | Exception | Again]:
-        return [_settled(row) for row in await run(_SETTLE, [_settlement_row(one) for one in settlements])]
+        rows = [_settlement_row(one) for one in settlements]
+        return [_settled(row) for row in await run(_SETTLE, rows, _waited(settlements))]
 
     async def record(uses: Sequence[KeyUse]) -> list[KeyUsed | Exception | Again]:
-        return [_key_used(row) for row in await run(_RECORD, [_key_use_row(one) for one in uses])]
+        rows = [_key_use_row(one) for one in uses]
+        return [_key_used(row) for row in await run(_RECORD, rows, _waited(uses))]
 
     async def grant(grants: Sequence[Grant]) -> list[Granted | Exception | Again]:
         rows = await run(_GRANT, [_grant_row(one) for one in grants])
@@ -287,6 +291,12 @@ def _key_use_row(use: KeyUse) -> tuple[Any, ...]:
         use.submission_id,
         use.is_too_late,
     )
+
+
+def _waited(records: Sequence[Settlement] | Sequence[KeyUse]) -> list[timedelta] | None:
+    """How long each has waited; None where none has."""
+    waited = [one.waited for one in records]
+    return waited if any(waited) else None
 
 
 def _key_used(row: asyncpg.Record) -> KeyUsed | Exception | Again:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -121,6 +122,7 @@ async def migrate(
     dsn: str,
     migrations: Sequence[Migration] | None = None,
     *,
+    connect_timeout: timedelta = timedelta(seconds=5),
     on_wait: Callable[[], object] = lambda: None,
 ) -> list[Migration]:
     """Bring the database at `dsn` up to date; what was applied comes back.
@@ -133,7 +135,7 @@ async def migrate(
     when the database cannot be reached, and `DatabaseRefused` when it does not let us in.
     """
     try:
-        connection = await asyncpg.connect(dsn, timeout=10)
+        connection = await asyncpg.connect(dsn, timeout=connect_timeout.total_seconds())
     except Exception as error:
         raise fault_of(error) from None
     try:

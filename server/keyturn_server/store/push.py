@@ -18,6 +18,7 @@ import asyncpg
 
 from keyturn_server.errors import StoreUnavailable
 from keyturn_server.store.database import is_unavailable
+from keyturn_server.store.patience import patience
 
 if TYPE_CHECKING:
     from keyturn_server.store.database import Connection
@@ -60,7 +61,7 @@ class Push:
         # Seen in pg_stat_activity: rotation asks there under which key each running sidecar seals.
         self._name = f"{PUSH_NAME} {master_key_id or 'none'}"
         self._beat_seconds = beat.total_seconds()
-        self._timeout_seconds = beat_timeout.total_seconds()
+        self._timeout = beat_timeout
         self._on_up = on_up
         self._on_down = on_down
         self._on_change = on_change
@@ -73,11 +74,9 @@ class Push:
         """Listen until cancelled; connect again whenever the connection is lost."""
         while True:
             try:
-                async with asyncio.timeout(self._timeout_seconds):
+                async with patience(self._timeout):
                     connection = await asyncpg.connect(
-                        self._dsn,
-                        timeout=self._timeout_seconds,
-                        server_settings={"application_name": self._name},
+                        self._dsn, server_settings={"application_name": self._name}
                     )
             except Exception as error:
                 self._report("push_unreachable", error)
@@ -112,7 +111,7 @@ class Push:
             heard.set()
 
         connection.add_termination_listener(lambda connection: changes.put_nowait(None))
-        async with asyncio.timeout(self._timeout_seconds):
+        async with patience(self._timeout, give_up=connection.terminate):
             await connection.add_listener(_CHANNEL, changed)
             await connection.add_listener(self._beat_channel, beaten)
         await self._beat(connection, heard)
@@ -139,6 +138,6 @@ class Push:
     async def _beat(self, connection: Connection, heard: asyncio.Event) -> None:
         """Notifies ourselves through the server. Raises TimeoutError when it does not come back."""
         heard.clear()
-        async with asyncio.timeout(self._timeout_seconds):
+        async with patience(self._timeout, give_up=connection.terminate):
             await connection.execute(f'NOTIFY "{self._beat_channel}"')
             await heard.wait()

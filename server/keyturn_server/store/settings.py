@@ -33,8 +33,12 @@ SELECT provider, model, input_micros_per_mtok, output_micros_per_mtok, cache_rea
   FROM model_prices
 """
 _ROOTS = "SELECT id, secret FROM token_roots ORDER BY created_at DESC, id"
+# Made by the database, out of 366 random bits: a parameter would stand in a log of its statements.
 _FIRST_ROOT = """
-INSERT INTO token_roots (id, secret) SELECT $1, $2 WHERE NOT EXISTS (SELECT FROM token_roots)
+INSERT INTO token_roots (id, secret)
+SELECT $1, sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())
+                  || uuid_send(gen_random_uuid()))
+ WHERE NOT EXISTS (SELECT FROM token_roots)
 """
 # Two sidecars starting at once: the second sees the first one's root.
 _LOCK_ROOTS = "LOCK TABLE token_roots IN SHARE ROW EXCLUSIVE MODE"
@@ -93,6 +97,6 @@ async def load_token_roots(database: Database) -> list[TokenRoot]:
         if not (rows := await connection.fetch(_ROOTS)):
             async with connection.transaction():
                 await connection.execute(_LOCK_ROOTS)
-                await connection.execute(_FIRST_ROOT, os.urandom(4), os.urandom(32))
+                await connection.execute(_FIRST_ROOT, os.urandom(4))
             rows = await connection.fetch(_ROOTS)
     return [TokenRoot(id=row["id"], secret=row["secret"]) for row in rows]

@@ -234,7 +234,8 @@ const (
 	Durability_DURABILITY_UNSPECIFIED Durability = 0
 	// Committed in PostgreSQL.
 	Durability_DURABILITY_DATABASE Durability = 1
-	// Durable on the sidecar's disk, on its way to PostgreSQL.
+	// Durable on the sidecar's disk, on its way to PostgreSQL: it will be charged or counted there, once. There is
+	// nothing to do. Where another sidecar took another record of the decision first, that one stands.
 	Durability_DURABILITY_SPOOLED Durability = 2
 )
 
@@ -518,7 +519,8 @@ type DecideResponse struct {
 	Reason Reason `protobuf:"varint,3,opt,name=reason,proto3,enum=keyturn.v1.Reason" json:"reason,omitempty"`
 	// One plain sentence in English for logs and support.
 	Message string `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"`
-	// True when the decision was made from cached data because the database could not be asked.
+	// True when the decision was made from what was last known, because the database could not be asked: the
+	// key may have been revoked since. Always an own key; `message` says so too.
 	Degraded bool `protobuf:"varint,5,opt,name=degraded,proto3" json:"degraded,omitempty"`
 	// True when `request_id` was seen before and this is its first ticket again: `message` says whether
 	// that is still open. Do not call the provider twice on one ticket.
@@ -1178,11 +1180,13 @@ type RecordResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The id of the record: that of its decision.
 	RecordId string `protobuf:"bytes,1,opt,name=record_id,json=recordId,proto3" json:"record_id,omitempty"`
-	// What the user's balance was charged, in micros. Always 0 for an own key.
+	// What the user's balance was charged, in micros; with DURABILITY_SPOOLED: what it will be charged. Always 0
+	// for an own key.
 	ChargedMicros int64 `protobuf:"varint,2,opt,name=charged_micros,json=chargedMicros,proto3" json:"charged_micros,omitempty"`
-	// What was held and not charged, in micros. Always 0 for an own key, and for a hold that expired.
+	// What was held and not charged, in micros. Always 0 for an own key, for a hold that expired, and with
+	// DURABILITY_SPOOLED, when it is not known yet.
 	ReleasedMicros int64 `protobuf:"varint,3,opt,name=released_micros,json=releasedMicros,proto3" json:"released_micros,omitempty"`
-	// Tickets only: the balance after the charge, in micros. May be below zero.
+	// Tickets only: the balance after the charge, in micros. May be below zero. Absent with DURABILITY_SPOOLED.
 	BalanceMicros *int64 `protobuf:"varint,4,opt,name=balance_micros,json=balanceMicros,proto3,oneof" json:"balance_micros,omitempty"`
 	// Where the cost comes from.
 	CostSource CostSource `protobuf:"varint,5,opt,name=cost_source,json=costSource,proto3,enum=keyturn.v1.CostSource" json:"cost_source,omitempty"`
@@ -1190,7 +1194,7 @@ type RecordResponse struct {
 	Replayed bool `protobuf:"varint,6,opt,name=replayed,proto3" json:"replayed,omitempty"`
 	// Where the record is durable.
 	Durability Durability `protobuf:"varint,7,opt,name=durability,proto3,enum=keyturn.v1.Durability" json:"durability,omitempty"`
-	// Own key only: the key's state after this record.
+	// Own key only: the key's state after this record. Unspecified with DURABILITY_SPOOLED.
 	KeyState      KeyState `protobuf:"varint,8,opt,name=key_state,json=keyState,proto3,enum=keyturn.v1.KeyState" json:"key_state,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -46,21 +46,25 @@ type RoutingServiceClient interface {
 	// Errors: INVALID_ARGUMENT (`INVALID_FIELD`, e.g. `user_id` is missing), NOT_FOUND (`USER_NOT_FOUND`),
 	// ALREADY_EXISTS (`REQUEST_ID_REUSED`: the same `request_id` for another provider), RESOURCE_EXHAUSTED
 	// (`OVERLOADED`, with RetryInfo), UNAVAILABLE (`STORE_UNAVAILABLE`, `ROW_LOCKED`, with RetryInfo).
+	//
+	// While the database is away an own key that stands first is decided on from what was last known, with
+	// `degraded`, for a bounded time. Everything else is UNAVAILABLE then: credits, and denials too.
 	Decide(ctx context.Context, in *DecideRequest, opts ...grpc.CallOption) (*DecideResponse, error)
 	// What became of the request: charges the ticket or counts the own key's usage, exactly once.
 	//
 	// Durable before it is acknowledged, and safe to retry: the same record again gets the first answer.
+	// While the database is away that is on the sidecar's own disk, if it has a spool: see `durability`.
 	// Errors: INVALID_ARGUMENT (`INVALID_FIELD`; `INVALID_TOKEN`: the handle or ticket is garbled,
 	// truncated or foreign), ALREADY_EXISTS (`RECORD_CONFLICT`: recorded before with other contents),
 	// NOT_FOUND (`HOLD_NOT_FOUND`: settled and forgotten long ago), FAILED_PRECONDITION (`RECORD_TOO_LATE`:
 	// more than 7 days after expiry), RESOURCE_EXHAUSTED (`OVERLOADED`), UNAVAILABLE (`STORE_UNAVAILABLE`,
-	// `ROW_LOCKED`).
+	// `ROW_LOCKED`; `SPOOL_UNAVAILABLE`: the database is away, and the spool is full or its disk fails).
 	Record(ctx context.Context, in *RecordRequest, opts ...grpc.CallOption) (*RecordResponse, error)
 	// Fetch the secret behind a key handle, once per handle and before it expires.
 	//
 	// Errors: INVALID_ARGUMENT (`INVALID_TOKEN`), FAILED_PRECONDITION (`HANDLE_EXPIRED`,
 	// `HANDLE_REDEEMED`, `KEY_UNUSABLE`: deleted, replaced, refused, switched off or unreadable since),
-	// UNAVAILABLE.
+	// RESOURCE_EXHAUSTED (`OVERLOADED`), UNAVAILABLE.
 	Redeem(ctx context.Context, in *RedeemRequest, opts ...grpc.CallOption) (*RedeemResponse, error)
 	// What would `Decide` answer now, and why? No hold, no rate-limit hit, no secret.
 	//
@@ -68,11 +72,13 @@ type RoutingServiceClient interface {
 	Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error)
 	// Up to 500 decisions in one call. Each item has its own answer or status, in the order asked.
 	//
-	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), UNAVAILABLE.
+	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), RESOURCE_EXHAUSTED
+	// (`OVERLOADED`), UNAVAILABLE.
 	BatchDecide(ctx context.Context, in *BatchDecideRequest, opts ...grpc.CallOption) (*BatchDecideResponse, error)
 	// Up to 500 records in one call. Each item has its own answer or status, in the order sent.
 	//
-	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), UNAVAILABLE.
+	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), RESOURCE_EXHAUSTED
+	// (`OVERLOADED`), UNAVAILABLE.
 	BatchRecord(ctx context.Context, in *BatchRecordRequest, opts ...grpc.CallOption) (*BatchRecordResponse, error)
 }
 
@@ -161,21 +167,25 @@ type RoutingServiceServer interface {
 	// Errors: INVALID_ARGUMENT (`INVALID_FIELD`, e.g. `user_id` is missing), NOT_FOUND (`USER_NOT_FOUND`),
 	// ALREADY_EXISTS (`REQUEST_ID_REUSED`: the same `request_id` for another provider), RESOURCE_EXHAUSTED
 	// (`OVERLOADED`, with RetryInfo), UNAVAILABLE (`STORE_UNAVAILABLE`, `ROW_LOCKED`, with RetryInfo).
+	//
+	// While the database is away an own key that stands first is decided on from what was last known, with
+	// `degraded`, for a bounded time. Everything else is UNAVAILABLE then: credits, and denials too.
 	Decide(context.Context, *DecideRequest) (*DecideResponse, error)
 	// What became of the request: charges the ticket or counts the own key's usage, exactly once.
 	//
 	// Durable before it is acknowledged, and safe to retry: the same record again gets the first answer.
+	// While the database is away that is on the sidecar's own disk, if it has a spool: see `durability`.
 	// Errors: INVALID_ARGUMENT (`INVALID_FIELD`; `INVALID_TOKEN`: the handle or ticket is garbled,
 	// truncated or foreign), ALREADY_EXISTS (`RECORD_CONFLICT`: recorded before with other contents),
 	// NOT_FOUND (`HOLD_NOT_FOUND`: settled and forgotten long ago), FAILED_PRECONDITION (`RECORD_TOO_LATE`:
 	// more than 7 days after expiry), RESOURCE_EXHAUSTED (`OVERLOADED`), UNAVAILABLE (`STORE_UNAVAILABLE`,
-	// `ROW_LOCKED`).
+	// `ROW_LOCKED`; `SPOOL_UNAVAILABLE`: the database is away, and the spool is full or its disk fails).
 	Record(context.Context, *RecordRequest) (*RecordResponse, error)
 	// Fetch the secret behind a key handle, once per handle and before it expires.
 	//
 	// Errors: INVALID_ARGUMENT (`INVALID_TOKEN`), FAILED_PRECONDITION (`HANDLE_EXPIRED`,
 	// `HANDLE_REDEEMED`, `KEY_UNUSABLE`: deleted, replaced, refused, switched off or unreadable since),
-	// UNAVAILABLE.
+	// RESOURCE_EXHAUSTED (`OVERLOADED`), UNAVAILABLE.
 	Redeem(context.Context, *RedeemRequest) (*RedeemResponse, error)
 	// What would `Decide` answer now, and why? No hold, no rate-limit hit, no secret.
 	//
@@ -183,11 +193,13 @@ type RoutingServiceServer interface {
 	Explain(context.Context, *ExplainRequest) (*ExplainResponse, error)
 	// Up to 500 decisions in one call. Each item has its own answer or status, in the order asked.
 	//
-	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), UNAVAILABLE.
+	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), RESOURCE_EXHAUSTED
+	// (`OVERLOADED`), UNAVAILABLE.
 	BatchDecide(context.Context, *BatchDecideRequest) (*BatchDecideResponse, error)
 	// Up to 500 records in one call. Each item has its own answer or status, in the order sent.
 	//
-	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), UNAVAILABLE.
+	// Errors of the call itself: INVALID_ARGUMENT (no item, or more than 500), RESOURCE_EXHAUSTED
+	// (`OVERLOADED`), UNAVAILABLE.
 	BatchRecord(context.Context, *BatchRecordRequest) (*BatchRecordResponse, error)
 	mustEmbedUnimplementedRoutingServiceServer()
 }

@@ -95,7 +95,7 @@ async fn garbled_details_never_mask_the_status() {
 async fn every_status_has_its_kind() {
     type Kind = fn(&Error) -> bool;
     let kinds: [(i32, &str, Kind); 17] = [
-        (1, "CANCELLED", |error| matches!(error, Error::Other(_))),
+        (1, "UNAVAILABLE", |error| matches!(error, Error::Unavailable(_))),
         (2, "UNKNOWN", |error| matches!(error, Error::Internal(_))),
         (3, "INVALID_ARGUMENT", |error| matches!(error, Error::InvalidArgument(_))),
         (4, "DEADLINE_EXCEEDED", |error| {

@@ -39,6 +39,7 @@ async fn unavailable_is_tried_again_with_the_same_request_id() {
 async fn attempts_end_and_nothing_else_is_tried_again() {
     let sidecar = Sidecar::new(|seen, _| match seen.message::<pb::DecideRequest>().user_id.as_str() {
         "u1" => unavailable("STORE_UNAVAILABLE"),
+        "1" => Reply::status(1, &[error_info("X")]),
         code => Reply::bare(code.parse().unwrap()),
     });
     let client = quick(&sidecar);
@@ -48,6 +49,33 @@ async fn attempts_end_and_nothing_else_is_tried_again() {
         assert!(client.decide(DecideRequest::new(code, "openai")).await.is_err());
     }
     assert_eq!(sidecar.seen("Decide").len(), 10);
+}
+
+#[tokio::test]
+async fn a_call_that_the_sidecar_dropped_as_it_ended_is_tried_again() {
+    let sidecar = Sidecar::new(|seen, before| match before {
+        0 => Reply::bare(1),
+        _ => deciding([ticket()])(seen, before),
+    });
+    assert!(quick(&sidecar).decide(asked()).await.unwrap().allowed());
+    assert_eq!(sidecar.seen("Decide").len(), 2);
+}
+
+#[tokio::test]
+async fn a_call_that_its_caller_drops_is_not_tried_again() {
+    let sidecar = Sidecar::new(|seen, before| match seen.method.as_str() {
+        "Explain" => Reply::Silence,
+        _ => deciding([ticket()])(seen, before),
+    });
+    let client = quick(&sidecar);
+    tokio::select! {
+        answer = client.explain(asked()) => panic!("{answer:?}"),
+        _ = sidecar.called("Explain", 1) => {}
+    }
+    for _ in 0..20 {
+        assert!(client.decide(asked()).await.unwrap().allowed());
+    }
+    assert_eq!(sidecar.seen("Explain").len(), 1);
 }
 
 #[tokio::test]

@@ -35,18 +35,10 @@ record Fault(
     return new Fault(code, message, "", List.of(), null, null, Map.of());
   }
 
-  /** The fault of a call that ended with {@code status}. */
+  /** The fault of a call that ended with {@code status}, and that nobody here cancelled. */
   static Fault of(Status status, Metadata trailers) {
-    Fault fault = of(code(status), describe(status));
-    // Details are an extra: garbled ones must never mask the status itself.
-    try {
-      byte[] packed = trailers.get(DETAILS);
-      return packed == null
-          ? fault
-          : fault.withDetails(com.google.rpc.Status.parseFrom(packed).getDetailsList());
-    } catch (InvalidProtocolBufferException | IllegalArgumentException garbled) {
-      return fault;
-    }
+    List<Any> details = details(trailers);
+    return of(code(status, details), describe(status)).withDetails(details);
   }
 
   /** The fault of one item of a batch. */
@@ -91,12 +83,26 @@ record Fault(
     };
   }
 
+  // Details are an extra: garbled ones must never mask the status itself.
+  private static List<Any> details(Metadata trailers) {
+    try {
+      byte[] packed = trailers.get(DETAILS);
+      return packed == null ? List.of() : com.google.rpc.Status.parseFrom(packed).getDetailsList();
+    } catch (InvalidProtocolBufferException | IllegalArgumentException garbled) {
+      return List.of();
+    }
+  }
+
   // A status from afar has no cause. One that a broken connection caused is UNAVAILABLE, also where
-  // the library says UNKNOWN ("channel closed").
-  private static Status.Code code(Status status) {
+  // the library says UNKNOWN ("channel closed"). So is CANCELLED from afar without details: it is
+  // what gRPC's core makes of calls that a server which ends has not looked at yet
+  // (github.com/grpc/grpc/issues/41785).
+  private static Status.Code code(Status status, List<Any> details) {
+    boolean dropped =
+        status.getCode() == Status.Code.CANCELLED && status.getCause() == null && details.isEmpty();
     boolean broken =
         status.getCode() == Status.Code.UNKNOWN || status.getCode() == Status.Code.INTERNAL;
-    return broken && status.getCause() instanceof IOException
+    return dropped || broken && status.getCause() instanceof IOException
         ? Status.Code.UNAVAILABLE
         : status.getCode();
   }

@@ -24,8 +24,10 @@ import java.util.Map;
  * DeniedException                   the policy said no. An answer, not a fault, so it stands outside
  * </pre>
  *
- * <p>A status without a class here (CANCELLED, UNIMPLEMENTED, …) is a plain {@code
- * KeyturnException}. It never holds the request, a token, a handle or a secret, and has no cause.
+ * <p>A status without a class here (UNIMPLEMENTED, …) is a plain {@code KeyturnException}.
+ * CANCELLED by the other side is an {@code UnavailableException}: a sidecar that ends drops so what
+ * it has not looked at yet. It never holds the request, a token, a handle or a secret, and has no
+ * cause.
  */
 public class KeyturnException extends RuntimeException {
   private static final long serialVersionUID = 1L;

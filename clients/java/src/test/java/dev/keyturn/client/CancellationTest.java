@@ -121,6 +121,19 @@ class CancellationTest {
   }
 
   @Test
+  void aCancelledCallIsNotTriedAgain() {
+    sidecar.does(late(ScriptedSidecar.ticket()));
+    CompletableFuture<Decision> decision = client.decideAsync(WITH_ID);
+    await(arrived);
+    decision.cancel(true);
+    await(ended);
+    assertThrows(CancellationException.class, decision::join);
+    goOn.countDown();
+    assertTrue(client.decide(U1).allowed());
+    assertEquals(2, sidecar.asked.size());
+  }
+
+  @Test
   void cancelledDecisionsLeaveNoHolds() {
     BatchDecideResult ticket =
         BatchDecideResult.newBuilder().setResponse(ScriptedSidecar.ticket()).build();

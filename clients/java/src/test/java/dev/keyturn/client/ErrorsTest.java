@@ -63,7 +63,7 @@ class ErrorsTest {
             Map.entry(Status.Code.DATA_LOSS, InternalErrorException.class));
     for (Status.Code code : Status.Code.values()) {
       if (code != Status.Code.OK) {
-        KeyturnException error = failing(code);
+        KeyturnException error = failing(code, ScriptedSidecar.retryAfter(Duration.ZERO));
         assertSame(kinds.getOrDefault(code, KeyturnException.class), error.getClass());
         assertEquals(code, error.code());
         assertEquals(code + ": It is so.", error.getMessage());

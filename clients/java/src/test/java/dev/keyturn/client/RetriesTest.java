@@ -6,6 +6,8 @@ import static org.junit.jupiter.api.Assertions.assertInstanceOf;
 import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
+import com.google.protobuf.Any;
+import com.google.rpc.ErrorInfo;
 import io.grpc.Status;
 import java.time.Duration;
 import java.util.List;
@@ -56,11 +58,19 @@ class RetriesTest {
         continue;
       }
       int before = sidecar.asked.size();
-      sidecar.fails(1, () -> ScriptedSidecar.status(code, "no"));
+      Any because = Any.pack(ErrorInfo.newBuilder().setReason("BECAUSE").build());
+      sidecar.fails(1, () -> ScriptedSidecar.status(code, "no", because));
       KeyturnException error = assertThrows(KeyturnException.class, () -> client.decide(U1));
       assertEquals(code, error.code());
       assertEquals(before + 1, sidecar.asked.size(), code::name);
     }
+  }
+
+  @Test
+  void aCallThatTheSidecarDroppedAsItEndedIsTriedAgain() {
+    sidecar.fails(1, Status.CANCELLED::asRuntimeException);
+    assertTrue(client.decide(U1).allowed());
+    assertEquals(2, sidecar.asked.size());
   }
 
   @Test
