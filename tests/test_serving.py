@@ -20,6 +20,8 @@ from grpc_reflection.v1alpha import reflection_pb2
 from keyturn.v1 import routing_service_pb2 as pb
 from keyturn.v1 import routing_service_pb2_grpc
 from keyturn_server.app import sidecar as sidecar_of
+from keyturn_server.errors import StoreUnavailable
+from keyturn_server.store.ledger import Ledger
 from tests.cli.command import Served, embedded, inside, serving, started
 from tests.factories import Connection, Factory
 from tests.faults.wire import (
@@ -227,6 +229,37 @@ async def test_a_signal_while_it_starts_ends_it(database: str, sql: Connection) 
             served.signal(signal.SIGTERM)
             assert await served.end() == 0
             assert served.event("serving") is None
+
+
+async def test_a_sidecar_that_is_stopped_soon_after_its_start_ends(database: str) -> None:
+    async with temporary_directory() as directory:
+        settings = make_settings(database, f"unix:{directory}/run/s")
+        for moment in range(100):
+            async with (
+                asyncio.timeout(30),
+                in_own_task(sidecar_of(settings, log=log_into(io.StringIO()))),
+            ):
+                await asyncio.sleep(moment * 0.0002)
+
+
+async def test_upkeep_that_fails_as_it_is_stopped_ends(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = asyncio.Event()
+
+    async def forget(ledger: Ledger, *, at_most: int) -> int:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise StoreUnavailable from None
+        return 0
+
+    monkeypatch.setattr(Ledger, "forget", forget)
+    async with temporary_directory() as directory:
+        settings = make_settings(database, f"unix:{directory}/run/s")
+        async with asyncio.timeout(30), in_own_task(sidecar_of(settings, log=log_into(io.StringIO()))):
+            await begun.wait()
 
 
 async def test_whatever_a_drain_lets_in_is_answered(database: str, make: Factory, sql: Connection) -> None:

@@ -721,13 +721,18 @@ async def _forget(ledger: Ledger, log: Any) -> None:
 
 @contextmanager
 def _postponed(work: str, log: Any) -> Iterator[None]:
-    """What fails in the background is tried again later, and stops nothing else."""
+    """What fails in the background is tried again later, and stops nothing else.
+
+    Not when we are being stopped: work may end in another error than the cancellation that it got.
+    """
     try:
         yield
     except StoreUnavailable:
         log.warning("upkeep_postponed", work=work, reason="the database cannot be reached")
     except Exception:
         log.exception("upkeep_failed", work=work)
+    if (task := asyncio.current_task()) is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 async def _check_master_keys(database: Database, keyring: Keyring | None, log: Any) -> None:

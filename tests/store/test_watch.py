@@ -1,4 +1,4 @@
-"""When a database counts as silent, and what becomes of a watch that is ended."""
+"""When a database counts as silent, and what becomes of watches and connections that are ended."""
 
 from __future__ import annotations
 
@@ -161,3 +161,31 @@ async def test_connections_that_are_not_used_again_end_at_once(database: str, sq
         await eventually(one_is_left)
         assert await in_use.fetchval("SELECT 2") == 2
         assert await pool.fetchval("SELECT 3") == 3
+
+
+async def test_an_answer_stands_though_its_connection_breaks_as_it_is_given_back(database: str) -> None:
+    async with opened(database) as pool:
+        async with pool.connection() as connection:
+            answer = await connection.fetchval("SELECT 1")
+            asyncio.get_running_loop().call_soon(connection.terminate)
+        assert answer == 1
+        assert await pool.fetchval("SELECT 2") == 2
+
+
+async def test_a_statement_that_is_cancelled_as_connections_are_renewed_is_cancelled(
+    database: str, sql: Connection
+) -> None:
+    async def runs() -> bool:
+        return bool(await sql.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+
+    renewing: list[asyncio.Task[None]] = []
+    async with opened(database) as pool:
+        waiting = asyncio.create_task(pool.fetchval("SELECT pg_sleep(60)"))
+        await eventually(runs)
+        # One round of the loop later, when the connection is on its way back.
+        asyncio.get_running_loop().call_soon(lambda: renewing.append(asyncio.create_task(pool.renew())))
+        waiting.cancel()
+        await asyncio.wait((waiting,))
+        assert waiting.cancelled()
+        await renewing[0]
+        assert await pool.fetchval("SELECT 2") == 2

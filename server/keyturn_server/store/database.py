@@ -127,8 +127,7 @@ class Database:
                 yield connection
                 self.heard_at = asyncio.get_running_loop().time()
             finally:
-                self._lent.pop(connection, None)
-                await self._pool.release(connection, timeout=self._acquire_seconds)
+                await self._give_back(connection)
         except Exception as error:
             if isinstance(error, asyncpg.LockNotAvailableError):
                 raise RowLocked from error
@@ -152,6 +151,18 @@ class Database:
             finally:
                 self._waits.discard(wait)
         return connection
+
+    async def _give_back(self, connection: PoolConnection) -> None:
+        """To the pool. What the connection was used for stands, also where it breaks in this moment: then
+        the pool has ended it."""
+        try:
+            await self._pool.release(connection, timeout=self._acquire_seconds)
+        except Exception as error:
+            if not is_unavailable(error):
+                raise
+            self.doubt.set()
+        finally:
+            self._lent.pop(connection, None)
 
     def leave(self) -> None:
         """The server is away: whoever waits for it, or for an answer, is told so now."""

@@ -87,7 +87,7 @@ class Push:
                     self._report("push_lost", error)
                 finally:
                     connection.terminate()
-                    await self._on_down()
+                await self._on_down()
             await asyncio.sleep(self._pause_seconds)
             self._pause_seconds = min(self._pause_seconds * 2, _LAST_PAUSE_SECONDS)
 
