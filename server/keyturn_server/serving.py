@@ -43,9 +43,6 @@ _PING_INTERVAL = timedelta(seconds=9)
 _KEEPALIVE = timedelta(minutes=1)
 _KEEPALIVE_TIMEOUT = timedelta(seconds=20)
 
-# Beyond the drain, when calls that were in flight have been cancelled.
-_STOP_TIMEOUT = timedelta(seconds=5)
-
 # More than we turn away in a second. There is no limit for each connection (max_concurrent_streams): gRPC's
 # own clients open more streams than it allows, and hear UNAVAILABLE then.
 _MOST_PENDING = 16_384
@@ -260,22 +257,9 @@ async def serving(
             # itself, watches and reflection, has been told to: so this ends with the last answer.
             log.info("draining", in_flight=guard.in_flight)
             services.health.drain()
-            await _stop(server, drain_timeout, log)
+            await server.stop(drain_timeout.total_seconds())
             await guard.settled()
             log.info("stopped")
-
-
-async def _stop(server: AcceptingServer, drain_timeout: timedelta, log: Any) -> None:
-    """Ends the server. One that does not end by itself, because something still refers to a call, is left."""
-    stopping = asyncio.ensure_future(server.stop(drain_timeout.total_seconds()))
-    for patience in (drain_timeout + _STOP_TIMEOUT, _STOP_TIMEOUT):
-        ended, _ = await asyncio.wait((stopping,), timeout=patience.total_seconds())
-        if ended:
-            stopping.result()
-            return
-        gc.collect()
-    log.error("server_left", reason="gRPC did not end its server; the process goes on to its end")
-    stopping.cancel()
 
 
 async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: Any) -> None:

@@ -31,7 +31,7 @@ class Call:
     __slots__ = ("_server", "_state", "_watch", "context", "task")
 
     task: asyncio.Task[None]
-    """The one that answers it, until it has ended."""
+    """The one that answers it."""
 
     def __init__(self, server: _Acceptor, state: Any) -> None:
         self._server = server
@@ -41,10 +41,6 @@ class Call:
             state, None, None, server.loop
         )
         """Of the caller, to read the one message by, and for nothing else."""
-
-    def ended(self, task: asyncio.Task[None]) -> None:
-        """Let go of each other: the core's server is not shut down before every call is gone."""
-        del self.task
 
     async def carried_out(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` comes to. While it waits for something the caller may go away: then it is cancelled.
@@ -160,7 +156,6 @@ class _Acceptor(cygrpc.AioServer):  # type: ignore[misc]  # it has no types
         while True:
             call = Call(self, await self._request_registered_call(method))
             call.task = self.keep(self.loop.create_task(unary.answer(call)))
-            call.task.add_done_callback(call.ended)
             del call  # the next one may be long in coming
 
     async def _accept(self, method: bytes | None, name: str) -> None:
@@ -181,7 +176,6 @@ def _rest_of(work: Coroutine[Any, Any, T], waits_for: Any) -> Generator[Any, Any
             try:
                 yield waits_for
             except BaseException as error:
-                # Kept in no variable: its traceback leads to the call, which would outlive us then.
                 waits_for = work.throw(error)
             else:
                 waits_for = work.send(None)
