@@ -111,6 +111,7 @@ async def test_thousands_of_streams_that_are_reset_at_once_cost_nothing_lasting(
     database: str, make: Factory, sql: Connection
 ) -> None:
     user = await make.user(micros=10**9)
+    await sql.execute("UPDATE subscription_tiers SET requests_per_minute = NULL")
     async with running(database) as (served, metrics):
         address = served.addresses[0]
 

@@ -333,19 +333,19 @@ async def test_so_many_at_once_and_no_more(
     assert [checked.result for checked in await asyncio.gather(*asking)] == [VALID] * 100
 
 
-async def test_whoever_waits_too_long_for_a_turn_is_not_asked(server: Providers, openai: Provider) -> None:
+async def test_whoever_waits_too_long_gives_up_and_leaves_the_turns_to_others(
+    server: Providers, openai: Provider
+) -> None:
     server.will(play.hang, KEY)
     async with open_provider_checks(timeout=timedelta(seconds=1), proxy=None) as checks:
         found = await asyncio.gather(*(checks.check(openai, Secret(KEY)) for _ in range(100)))
         assert [checked.result for checked in found] == [UNVERIFIED] * 100
-        # Not 64: a turn that ends just before a waiting one gives up is taken.
-        assert len(server.seen) < 100
         server.will(play.accept, KEY)
 
         async def is_valid() -> bool:
             return (await checks.check(openai, Secret(KEY))).result is VALID
 
-        await eventually(is_valid)  # the turns are free again
+        await eventually(is_valid)
 
 
 async def test_what_came_of_it_is_told_by_its_cause_alone(server: Providers, openai: Provider) -> None:
