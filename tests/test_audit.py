@@ -140,7 +140,9 @@ async def test_what_waits_is_written_before_the_end(database: str, make: Factory
 
 
 def hand_out(audit: Audit, user: str = "u1") -> None:
-    audit.secret_handed_out(CALLER, user_id=user, key_id=new_id(), decision_id=new_id(), by="Decide")
+    audit.secret_handed_out(
+        CALLER, user_id=user, key_id=str(new_id()), decision_id=str(new_id()), by="Decide"
+    )
 
 
 def lost_some(lines: int) -> None:

@@ -103,6 +103,9 @@ class _Configurations:
     def get(self) -> Coroutine[Any, Any, Configuration]:
         return self.cache.get(_EVERYTHING)
 
+    def cached(self) -> Configuration | None:
+        return self.cache.cached(_EVERYTHING)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LastKnown:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Protocol
-from uuid import UUID
 
 from keyturn_server.access import Caller
 from keyturn_server.logs import scrub_event
@@ -37,10 +36,10 @@ class Audit:
     def __init__(self, sink: Sink, *, on_lost: Callable[[int], None]) -> None:
         self._sink = sink
         self._on_lost = on_lost
-        self._handed_out: list[tuple[str, str, UUID, UUID, str, datetime]] = []
+        self._handed_out: list[tuple[str, str, str, str, str, datetime]] = []
 
     def secret_handed_out(
-        self, caller: Caller, *, user_id: str, key_id: UUID, decision_id: UUID, by: str
+        self, caller: Caller, *, user_id: str, key_id: str, decision_id: str, by: str
     ) -> None:
         """A secret leaves for `caller`, by the method `by`. Written within a few milliseconds.
 
@@ -86,7 +85,7 @@ def open_audit(sink: Sink, *, on_lost: Callable[[int], None]) -> Iterator[Audit]
         audit.flush()
 
 
-def _handed_out(caller: str, user_id: str, key_id: UUID, decision_id: UUID, by: str, at: datetime) -> str:
+def _handed_out(caller: str, user_id: str, key_id: str, decision_id: str, by: str, at: datetime) -> str:
     # Escaped to ASCII, since some readers end a line at U+2028.
     return (
         f'{{"caller": {quoted(caller)}, "user_id": {quoted(user_id)}, "key_id": "{key_id}", '
@@ -96,4 +95,4 @@ def _handed_out(caller: str, user_id: str, key_id: UUID, decision_id: UUID, by: 
 
 
 def _stamp(at: datetime) -> str:
-    return f"{at.replace(tzinfo=None).isoformat()}Z"
+    return f"{at.isoformat().removesuffix('+00:00')}Z"

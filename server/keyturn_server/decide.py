@@ -9,10 +9,10 @@ time. Nothing else is: credits, denials and users that nobody remembers wait for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import UUID
 
 from keyturn.secret import Secret
@@ -40,6 +40,7 @@ from keyturn_server.routing.model import (
 )
 from keyturn_server.routing.policy import choose_route, conclude
 from keyturn_server.routing.reasons import DENIALS, RETRYABLE, SENTENCES, SUGGESTIONS
+from keyturn_server.values import value
 
 # Holds end when requests do: there is no telling when, only that it is soon.
 IN_FLIGHT_RETRY = timedelta(seconds=1)
@@ -49,12 +50,14 @@ class Configurations(Protocol):
     """Where the configuration comes from."""
 
     async def get(self) -> Configuration: ...
+    def cached(self) -> Configuration | None: ...
 
 
 class Profiles(Protocol):
-    """Where profiles come from. Raises `UserNotFound`."""
+    """Where profiles come from. `get` raises `UserNotFound`."""
 
     async def get(self, key: str) -> Profile: ...
+    def cached(self, key: str) -> Profile | None: ...
 
 
 class LastKnown(Protocol):
@@ -73,7 +76,7 @@ class Holds(Protocol):
     async def balance(self, user_id: str) -> Balance: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Ask:
     """One request that a gateway is about to make. Amounts in micro-USD; limits checked."""
 
@@ -91,7 +94,7 @@ class Ask:
     hold_ttl: timedelta | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class KeyRoute:
     """The user's own key pays."""
 
@@ -104,7 +107,7 @@ class KeyRoute:
     expires_at: datetime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class TicketRoute:
     """Credits pay: a hold is placed. Amounts in micro-USD."""
 
@@ -124,7 +127,7 @@ class Denied:
     suggestion: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Decision:
     """The answer to an `Ask`."""
 
@@ -217,20 +220,52 @@ class Decider:
         Raises `InvalidFields` (unknown provider, a failed handle of somebody else), `InvalidToken`,
         `UserNotFound`, `RequestIdReused` and `StoreUnavailable`.
         """
+        begun = self.begin(ask)
+        return begun if isinstance(begun, Decision) else await begun
+
+    def begin(self, ask: Ask) -> Decision | Coroutine[Any, Any, Decision]:
+        """The same at once, where everything that it takes is cached, or else what to wait for."""
+        configuration = self._configurations.cached()
+        profile = self._profiles.cached(ask.user_id)
+        if configuration is None or profile is None:
+            return self._read_and_decide(ask)
+        return self._decide(ask, configuration, profile)
+
+    async def _read_and_decide(self, ask: Ask) -> Decision:
         try:
             configuration = await self._configurations.get()
-            provider = provider_of(configuration, ask.provider)
+            provider_of(configuration, ask.provider)
             profile = await self._profiles.get(ask.user_id)
         except StoreUnavailable:
             return self._decide_degraded(ask)
+        begun = self._decide(ask, configuration, profile)
+        return begun if isinstance(begun, Decision) else await begun
+
+    def _decide(
+        self, ask: Ask, configuration: Configuration, profile: Profile
+    ) -> Decision | Coroutine[Any, Any, Decision]:
+        provider = provider_of(configuration, ask.provider)
         now = self._clock()
         plan, key, secret = self.plan(ask, configuration, provider, profile, now)
-
-        answer = None
         if stands_first(Path.CREDITS, plan):
-            answer = await self._ask_credits(ask, configuration, profile, plan, now)
-        verdict = conclude(plan, answer.credits if answer else None)
+            asking = self._ask_credits(ask, configuration, profile, plan, now)
+            return self._decide_after(asking, ask, plan, provider, key, secret, now)
+        return self._concluded(None, ask, plan, provider, key, secret, now)
 
+    async def _decide_after(self, asking: Coroutine[Any, Any, _CreditsAnswer], *rest: Any) -> Decision:
+        return self._concluded(await asking, *rest)
+
+    def _concluded(
+        self,
+        answer: _CreditsAnswer | None,
+        ask: Ask,
+        plan: Plan,
+        provider: Provider,
+        key: StoredKey | None,
+        secret: Secret | None,
+        now: datetime,
+    ) -> Decision:
+        verdict = conclude(plan, answer.credits if answer else None)
         if verdict.path is Path.OWN_KEY and key is not None:
             return self._own_key(ask, plan, verdict, provider, key, secret, now)
         if verdict.path is Path.CREDITS and answer is not None and answer.hold is not None:

@@ -107,8 +107,7 @@ class PushedCache(Generic[T]):
     async def get(self, key: str) -> T:
         """The reading, from the cache or by `load`. Raises what `load` raises, which is not cached."""
         while True:
-            found: T | None = self._cache.peek(key)
-            if found is not None:
+            if (found := self.cached(key)) is not None:
                 return found
             flight = self._flights.get(key)
             if flight is None:
@@ -117,6 +116,11 @@ class PushedCache(Generic[T]):
                 return await asyncio.shield(flight.future)
             except _Abandoned:
                 continue
+
+    def cached(self, key: str) -> T | None:
+        """The reading if it is in the cache."""
+        found: T | None = self._cache.peek(key)
+        return found
 
     async def _lead(self, key: str) -> T:
         flight = self._flights[key] = _Flight[T]()

@@ -8,6 +8,7 @@ from enum import Enum
 from uuid import UUID
 
 from keyturn_server.prices import Usage
+from keyturn_server.values import value
 
 
 class Outcome(Enum):
@@ -55,7 +56,7 @@ class HoldStatus(Enum):
     IN_FLIGHT = "in_flight"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class HoldRequest:
     """Credits to set aside for one request. Amounts in micro-USD."""
 
@@ -73,7 +74,7 @@ class HoldRequest:
     ttl: timedelta
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class HoldAnswer:
     """The hold, new or as it was first placed; the amounts in micro-USD."""
 
@@ -158,7 +159,7 @@ class Transaction:
     created_at: datetime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Report:
     """What a caller says of one request, besides which one it was."""
 
@@ -174,7 +175,7 @@ class Report:
     retry_after: timedelta | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Settlement:
     """One ticket to settle. Amounts in micro-USD."""
 
@@ -193,7 +194,7 @@ class Settlement:
     """How long ago it was acknowledged: that is when it counts from."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Settled:
     """What a settlement came to. Amounts in micro-USD."""
 
@@ -214,7 +215,7 @@ class Spooled:
     replayed: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class KeyUse:
     """One use of an own key to record."""
 
@@ -240,7 +241,7 @@ class KeyUse:
     waited: timedelta = timedelta(0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class KeyUsed:
     """A use of an own key, as recorded."""
 

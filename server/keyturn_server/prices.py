@@ -16,6 +16,8 @@ from functools import lru_cache
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
 
+from keyturn_server.values import value
+
 if TYPE_CHECKING:
     from genai_prices.types import (
         ModelPrice,
@@ -29,7 +31,7 @@ MAX_PROVIDER_LENGTH = 64
 MAX_MODEL_LENGTH = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Usage:
     """Tokens of one request, each 0 or more (ValueError), as in `keyturn.v1.Usage`.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Protocol
 from uuid import UUID
@@ -33,6 +33,7 @@ from keyturn_server.ledger import (
 from keyturn_server.prices import PriceBook, PriceOverride
 from keyturn_server.profiles import Profile
 from keyturn_server.scrub import STRUCK
+from keyturn_server.values import value
 
 _MAX_ERROR_TEXT = 500
 
@@ -80,7 +81,7 @@ class KeyStates(Protocol):
     async def will_change(self, use: KeyUse) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class Recorded:
     """A record as it was taken. Amounts in micro-USD."""
 

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from keyturn_server.keys.envelope import decode_base64url, encode_base64url
 from keyturn_server.keys.keyring import derive
+from keyturn_server.values import value
 
 MAX_TOKEN_CHARACTERS: Final = 4096
 """A longer text is refused before any work. Ids at their limits make a token of some 2,900."""
@@ -71,7 +72,7 @@ class InvalidToken(Exception):  # noqa: N818
         self.cause = cause
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class HandleClaims:
     """What a key handle stands for: one decision for one revision of one of the user's keys."""
 
@@ -89,7 +90,7 @@ class HandleClaims:
     expires_at: datetime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value
 class TicketClaims:
     """What a credit ticket stands for: one hold, in micro-USD; the decision's id is the hold's."""
 

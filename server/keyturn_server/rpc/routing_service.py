@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from google.protobuf.message import Message
+
 from keyturn.v1 import routing_service_pb2
 from keyturn_server.access import Caller
-from keyturn_server.decide import KeyRoute
+from keyturn_server.decide import Ask, Decision, KeyRoute
 from keyturn_server.errors import InvalidFields
 from keyturn_server.keys.tokens import InvalidToken
 from keyturn_server.rpc.decode import ask_from, check_batch, check_handle, report_from
@@ -32,8 +34,6 @@ NAME = routing_service_pb2.DESCRIPTOR.services_by_name["RoutingService"].full_na
 _ITEMS_OF_A_CALL = 4
 
 Item = TypeVar("Item")
-Answer = TypeVar("Answer")
-Result = TypeVar("Result")
 
 
 class RoutingService:
@@ -96,25 +96,45 @@ class RoutingService:
             ),
         }
 
-    def decide(
+    async def decide(
         self, request: routing_service_pb2.DecideRequest, caller: Caller
-    ) -> Coroutine[Any, Any, routing_service_pb2.DecideResponse]:
-        return self._decide(request, caller, "Decide")
-
-    async def _decide(
-        self, request: routing_service_pb2.DecideRequest, caller: Caller, by: str
     ) -> routing_service_pb2.DecideResponse:
+        begun = self._begin(request, caller, "Decide")
+        return begun if isinstance(begun, routing_service_pb2.DecideResponse) else await begun
+
+    def _begin(
+        self, request: routing_service_pb2.DecideRequest, caller: Caller, by: str
+    ) -> routing_service_pb2.DecideResponse | Coroutine[Any, Any, routing_service_pb2.DecideResponse]:
+        """The answer at once, where nothing has to be waited for, or else what to wait for."""
         ask = ask_from(request)
         try:
-            decision = await self._decider.decide(ask)
+            begun = self._decider.begin(ask)
         except InvalidToken as error:
             raise BadToken("failed_key_handles", error) from None
-        route = decision.route
-        if isinstance(route, KeyRoute) and route.secret is not None:
+        if isinstance(begun, Decision):
+            return self._decided(begun, ask, caller, by)
+        return self._decided_later(begun, ask, caller, by)
+
+    async def _decided_later(
+        self, begun: Coroutine[Any, Any, Decision], ask: Ask, caller: Caller, by: str
+    ) -> routing_service_pb2.DecideResponse:
+        with _tokens_in("failed_key_handles"):
+            decision = await begun
+        return self._decided(decision, ask, caller, by)
+
+    def _decided(
+        self, decision: Decision, ask: Ask, caller: Caller, by: str
+    ) -> routing_service_pb2.DecideResponse:
+        message = decision_message(decision)
+        if isinstance(decision.route, KeyRoute) and decision.route.secret is not None:
             self._audit.secret_handed_out(
-                caller, user_id=ask.user_id, key_id=route.key_id, decision_id=decision.id, by=by
+                caller,
+                user_id=ask.user_id,
+                key_id=message.key.key_id,
+                decision_id=message.decision_id,
+                by=by,
             )
-        return decision_message(decision)
+        return message
 
     async def record(
         self, request: routing_service_pb2.RecordRequest, caller: Caller
@@ -139,8 +159,8 @@ class RoutingService:
         self._audit.secret_handed_out(
             caller,
             user_id=redeemed.user_id,
-            key_id=redeemed.key_id,
-            decision_id=redeemed.decision_id,
+            key_id=str(redeemed.key_id),
+            decision_id=str(redeemed.decision_id),
             by="Redeem",
         )
         return routing_service_pb2.RedeemResponse(secret=redeemed.secret.reveal())
@@ -154,40 +174,59 @@ class RoutingService:
     async def batch_decide(
         self, request: routing_service_pb2.BatchDecideRequest, caller: Caller
     ) -> routing_service_pb2.BatchDecideResponse:
-        def decide(
-            item: routing_service_pb2.DecideRequest, caller: Caller
-        ) -> Coroutine[Any, Any, routing_service_pb2.DecideResponse]:
-            return self._decide(item, caller, "BatchDecide")
-
-        result = routing_service_pb2.BatchDecideResult
-        results = await self._each("BatchDecide", request.requests, caller, decide, result)
-        return routing_service_pb2.BatchDecideResponse(results=results)
+        response = routing_service_pb2.BatchDecideResponse()
+        await self._each(
+            "BatchDecide",
+            request.requests,
+            lambda item: self._begin(item, caller, "BatchDecide"),
+            response.results,
+        )
+        return response
 
     async def batch_record(
         self, request: routing_service_pb2.BatchRecordRequest, caller: Caller
     ) -> routing_service_pb2.BatchRecordResponse:
-        result = routing_service_pb2.BatchRecordResult
-        results = await self._each("BatchRecord", request.requests, caller, self.record, result)
-        return routing_service_pb2.BatchRecordResponse(results=results)
+        response = routing_service_pb2.BatchRecordResponse()
+        await self._each(
+            "BatchRecord", request.requests, lambda item: self.record(item, caller), response.results
+        )
+        return response
 
     async def _each(
         self,
         method: str,
         items: Sequence[Item],
-        caller: Caller,
-        answer: Callable[[Item, Caller], Awaitable[Answer]],
-        result: Callable[..., Result],
-    ) -> list[Result]:
-        """Each item's answer or status. All at once, so that they share the ledger's statements."""
+        begin: Callable[[Item], Message | Coroutine[Any, Any, Message]],
+        results: Any,
+    ) -> None:
+        """Each item's answer or status, into `results`.
+
+        What has to be waited for is waited for all at once, so that the items share the ledger's
+        statements.
+        """
         check_batch(len(items))
 
-        async def one(item: Item) -> Result:
-            try:
-                return result(response=await answer(item, caller))
-            except Exception as error:
-                return result(status=item_status(self._guard.status(method, error)))
+        def refuse(result: Any, error: Exception) -> None:
+            result.status.CopyFrom(item_status(self._guard.status(method, error)))
 
-        return await asyncio.gather(*(one(item) for item in items))
+        async def later(work: Coroutine[Any, Any, Message], result: Any) -> None:
+            try:
+                result.response.CopyFrom(await work)
+            except Exception as error:
+                refuse(result, error)
+
+        waiting = []
+        for item in items:
+            result = results.add()
+            try:
+                begun = begin(item)
+                if isinstance(begun, Message):
+                    result.response.CopyFrom(begun)
+                else:
+                    waiting.append(later(begun, result))
+            except Exception as error:
+                refuse(result, error)
+        await asyncio.gather(*waiting)
 
 
 def _weight(batch: routing_service_pb2.BatchDecideRequest | routing_service_pb2.BatchRecordRequest) -> int:
