@@ -680,7 +680,7 @@ async def _start_push(
             case "configuration":
                 await configurations.expire(_EVERYTHING)
             case _:
-                log.warning("push_unknown", payload=payload)
+                log.warning("push_unknown", payload=payload[:64])
 
     push = Push(
         dsn,

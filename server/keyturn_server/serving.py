@@ -47,6 +47,9 @@ _KEEPALIVE_TIMEOUT = timedelta(seconds=20)
 # own clients open more streams than it allows, and hear UNAVAILABLE then.
 _MOST_PENDING = 16_384
 
+# More than all calls in flight make; Python's default is 700. At some 100 bytes each.
+_GARBAGE_THRESHOLD = 20_000
+
 # One server an address: with SO_REUSEPORT a second one would silently take half of the calls.
 _ALONE = (("grpc.so_reuseport", 0),)
 
@@ -290,6 +293,8 @@ async def until_signalled(sidecar: AbstractAsyncContextManager[object], *, log: 
             # What has been made so far lasts: full collections, which every call waits for, pass it by.
             gc.collect()
             gc.freeze()
+            # Calls in flight are not worth a collection: there is next to nothing in them to collect.
+            gc.set_threshold(_GARBAGE_THRESHOLD)
             await stop.wait()
     except asyncio.CancelledError:
         if not stop.is_set():

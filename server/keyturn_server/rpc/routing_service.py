@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 NAME = routing_service_pb2.DESCRIPTOR.services_by_name["RoutingService"].full_name
 
-# An item costs about a quarter of what it would as a call of its own.
+# An item costs a quarter of what it would as a call of its own, or a third.
 _ITEMS_OF_A_CALL = 4
 
 Item = TypeVar("Item")
