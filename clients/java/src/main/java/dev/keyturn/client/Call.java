@@ -151,17 +151,27 @@ public final class Call implements AutoCloseable {
   /** {@link #keyRefused(Failure)}, later. */
   public CompletableFuture<Decision> keyRefusedAsync(Failure how) {
     CompletableFuture<Recorded> recorded = client.record(refusal(how), this::takenOver, true);
+    // Whoever cancels finds the decision that was begun, or it is not begun.
+    Object beginning = new Object();
     AtomicReference<Future<?>> running = new AtomicReference<>(recorded);
-    Answer<Decision> answer = new Answer<>(() -> running.get().cancel(true));
+    Answer<Decision> answer =
+        new Answer<>(
+            () -> {
+              synchronized (beginning) {
+                running.get().cancel(true);
+              }
+            });
     recorded
         .thenCompose(
             taken -> {
-              CompletableFuture<Decision> decided = client.decideAsync(refused(), this::take);
-              running.set(decided);
-              if (answer.isCancelled()) {
-                decided.cancel(true);
+              synchronized (beginning) {
+                if (answer.isCancelled()) {
+                  return answer;
+                }
+                CompletableFuture<Decision> decided = client.decideAsync(refused(), this::take);
+                running.set(decided);
+                return decided;
               }
-              return decided;
             })
         .whenComplete(
             (decided, error) -> {

@@ -14,6 +14,7 @@ import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.CountDownLatch;
 import java.util.function.Function;
 import org.junit.jupiter.api.AfterEach;
+import org.junit.jupiter.api.RepeatedTest;
 import org.junit.jupiter.api.Test;
 
 class CancellationTest {
@@ -204,7 +205,7 @@ class CancellationTest {
         recordedLater().stream().map(dev.keyturn.v1.RecordRequest::getOutcome).toList());
   }
 
-  @Test
+  @RepeatedTest(20)
   void aRefusalIsCancelledThroughItsFuture() {
     sidecar.answers(ScriptedSidecar.key());
     Call call = client.request(U1);
