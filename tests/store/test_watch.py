@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from keyturn_server.errors import StoreUnavailable
 from keyturn_server.store.database import Database, Watch, open_database
 from keyturn_server.store.patience import patience
 from tests.factories import Connection
@@ -189,3 +190,21 @@ async def test_a_statement_that_is_cancelled_as_connections_are_renewed_is_cance
         assert waiting.cancelled()
         await renewing[0]
         assert await pool.fetchval("SELECT 2") == 2
+
+
+async def test_a_statement_whose_connection_is_ended_at_any_moment_is_answered_or_unavailable(
+    database: str,
+) -> None:
+    async with opened(database) as pool:
+        ended = 0
+        for moment in range(400):
+            asking = asyncio.create_task(pool.fetchval(f"SELECT {moment}"))  # a statement that is new to it
+            for _ in range(moment // 2):  # rounds of the loop
+                await asyncio.sleep(0)
+            pool.leave()
+            try:
+                assert await asking == moment
+            except StoreUnavailable:
+                ended += 1
+            await pool.resume()
+        assert 0 < ended < 400

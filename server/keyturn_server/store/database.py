@@ -126,6 +126,11 @@ class Database:
                     raise StoreUnavailable
                 yield connection
                 self.heard_at = asyncio.get_running_loop().time()
+            except AttributeError as error:
+                # asyncpg's own where `leave` ends a connection between two steps of a statement.
+                if connection in self._lent:
+                    raise
+                raise StoreUnavailable from error
             finally:
                 await self._give_back(connection)
         except Exception as error:
@@ -171,7 +176,8 @@ class Database:
         for wait in self._waits:
             if not wait.expired():
                 wait.reschedule(now)
-        for connection in list(self._lent):
+        lent, self._lent = self._lent, {}
+        for connection in lent:
             with suppress(asyncpg.InterfaceError):  # it has ended by itself
                 connection.terminate()
 
