@@ -214,17 +214,13 @@ class Decider:
         self._clock = clock
         self._on_unreadable = on_unreadable
 
-    async def decide(self, ask: Ask) -> Decision:
+    def decide(self, ask: Ask) -> Decision | Coroutine[Any, Any, Decision]:
         """Whose credential pays, with the key or the hold to pay with; or why nobody's does.
 
-        Raises `InvalidFields` (unknown provider, a failed handle of somebody else), `InvalidToken`,
-        `UserNotFound`, `RequestIdReused` and `StoreUnavailable`.
+        At once, where everything that it takes is cached, or else what to wait for. Raises `InvalidFields`
+        (unknown provider, a failed handle of somebody else), `InvalidToken`, `UserNotFound`,
+        `RequestIdReused` and `StoreUnavailable`.
         """
-        begun = self.begin(ask)
-        return begun if isinstance(begun, Decision) else await begun
-
-    def begin(self, ask: Ask) -> Decision | Coroutine[Any, Any, Decision]:
-        """The same at once, where everything that it takes is cached, or else what to wait for."""
         configuration = self._configurations.cached()
         profile = self._profiles.cached(ask.user_id)
         if configuration is None or profile is None:
@@ -247,22 +243,23 @@ class Decider:
         provider = provider_of(configuration, ask.provider)
         now = self._clock()
         plan, key, secret = self.plan(ask, configuration, provider, profile, now)
-        if stands_first(Path.CREDITS, plan):
-            asking = self._ask_credits(ask, configuration, profile, plan, now)
-            return self._decide_after(asking, ask, plan, provider, key, secret, now)
-        return self._concluded(None, ask, plan, provider, key, secret, now)
+        if not stands_first(Path.CREDITS, plan):
+            return self._concluded(ask, plan, provider, key, secret, None, now)
 
-    async def _decide_after(self, asking: Coroutine[Any, Any, _CreditsAnswer], *rest: Any) -> Decision:
-        return self._concluded(await asking, *rest)
+        async def after_credits() -> Decision:
+            answer = await self._ask_credits(ask, configuration, profile, plan, now)
+            return self._concluded(ask, plan, provider, key, secret, answer, now)
+
+        return after_credits()
 
     def _concluded(
         self,
-        answer: _CreditsAnswer | None,
         ask: Ask,
         plan: Plan,
         provider: Provider,
         key: StoredKey | None,
         secret: Secret | None,
+        answer: _CreditsAnswer | None,
         now: datetime,
     ) -> Decision:
         verdict = conclude(plan, answer.credits if answer else None)

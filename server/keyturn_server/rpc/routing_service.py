@@ -108,7 +108,7 @@ class RoutingService:
         """The answer at once, where nothing has to be waited for, or else what to wait for."""
         ask = ask_from(request)
         try:
-            begun = self._decider.begin(ask)
+            begun = self._decider.decide(ask)
         except InvalidToken as error:
             raise BadToken("failed_key_handles", error) from None
         if isinstance(begun, Decision):
