@@ -225,22 +225,21 @@ class Decider:
         profile = self._profiles.cached(ask.user_id)
         if configuration is None or profile is None:
             return self._read_and_decide(ask)
-        return self._decide(ask, configuration, profile)
+        return self._decide(ask, configuration, provider_of(configuration, ask.provider), profile)
 
     async def _read_and_decide(self, ask: Ask) -> Decision:
         try:
             configuration = await self._configurations.get()
-            provider_of(configuration, ask.provider)
+            provider = provider_of(configuration, ask.provider)
             profile = await self._profiles.get(ask.user_id)
         except StoreUnavailable:
             return self._decide_degraded(ask)
-        begun = self._decide(ask, configuration, profile)
+        begun = self._decide(ask, configuration, provider, profile)
         return begun if isinstance(begun, Decision) else await begun
 
     def _decide(
-        self, ask: Ask, configuration: Configuration, profile: Profile
+        self, ask: Ask, configuration: Configuration, provider: Provider, profile: Profile
     ) -> Decision | Coroutine[Any, Any, Decision]:
-        provider = provider_of(configuration, ask.provider)
         now = self._clock()
         plan, key, secret = self.plan(ask, configuration, provider, profile, now)
         if not stands_first(Path.CREDITS, plan):
