@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
-import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -19,12 +16,13 @@ from typing import Any
 import asyncpg
 import grpc
 
+from tests.bench.command import BenchError, bench_directory, carry_out
 from tests.bench.echo import path_of
 from tests.bench.generators import HOW_TO_GET_H2LOAD, Effort, drive, drive_by_h2load, has_h2load
-from tests.bench.load import Load, LoadError
-from tests.bench.machine import Cores, described, end_on_signals, fsync_ms
+from tests.bench.load import Load
+from tests.bench.machine import Cores, described, fsync_ms
 from tests.bench.measurements import MEASUREMENTS, Gateway, Measurement
-from tests.bench.servers import NotServing, Server, echo, sidecar
+from tests.bench.servers import Server, echo, sidecar
 from tests.invariants import check_invariants
 
 _HOW = """\
@@ -48,10 +46,6 @@ What was acknowledged is counted in the database after every turn, and the books
 _FIRST_GUESS = 0.4  # of the echo's rate: what a call that needs a body of its own may reach
 _BATCHED = 8  # times as many items in batches
 _SPARE = 1.5
-
-
-class BenchError(Exception):
-    """The figures would say nothing: an answer was not the one to be measured, or a row is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +167,6 @@ class Bench:
 
 async def bench(options: argparse.Namespace) -> None:
     """Measures, and prints the table."""
-    end_on_signals()
     cores = Cores.split()
     os.sched_setaffinity(0, cores.rest)
     measurements = [one for one in MEASUREMENTS if not options.only or one.name in options.only]
@@ -182,10 +175,7 @@ async def bench(options: argparse.Namespace) -> None:
         print(f"h2load is not installed, so its row is left out. To have it: {HOW_TO_GET_H2LOAD}\n")
 
     async with AsyncExitStack() as stack:
-        # Not /tmp, which may be memory. Others may enter: PostgreSQL does not run as root.
-        directory = Path(tempfile.mkdtemp(prefix="keyturn-bench-", dir="/var/tmp"))
-        directory.chmod(0o755)
-        stack.callback(shutil.rmtree, directory)
+        directory = stack.enter_context(bench_directory())
         effort = Effort(
             concurrency=options.concurrency, seconds=options.seconds, cores=cores.rest, directory=directory
         )
@@ -287,12 +277,7 @@ def main() -> None:
         "--only", action="append", choices=[one.name for one in MEASUREMENTS], help="may be given again"
     )
     options = parser.parse_args()
-    try:
-        asyncio.run(bench(options))
-    except (BenchError, LoadError, NotServing) as error:
-        sys.exit(f"bench: {error}")
-    except asyncio.CancelledError:
-        sys.exit(130)
+    carry_out(bench(options))
 
 
 if __name__ == "__main__":

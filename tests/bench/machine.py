@@ -94,12 +94,10 @@ def cpu_seconds(pids: Collection[int]) -> float:
     return total
 
 
-def resident_mb(pid: int) -> float:
-    """The memory of a process that is in RAM, in MB."""
-    (line,) = (
-        one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if one.startswith("VmRSS:")
-    )
-    return int(line.split()[1]) / 1024
+def memory_mb(pid: int) -> tuple[float, float]:
+    """The memory of a process that is in RAM, in MB: now, and at its peak."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(lines["VmRSS"].split()[0]) / 1024, int(lines["VmHWM"].split()[0]) / 1024
 
 
 def fsync_ms(directory: Path) -> float:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import shutil
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -20,9 +17,10 @@ import grpc
 from google.protobuf import duration_pb2
 
 from keyturn.v1 import flag_service_pb2, flag_service_pb2_grpc, routing_service_pb2, routing_service_pb2_grpc
+from tests.bench.command import bench_directory, carry_out
 from tests.bench.load import percentile
-from tests.bench.machine import Cores, described, end_on_signals
-from tests.bench.servers import NotServing, sidecar
+from tests.bench.machine import Cores, described, memory_mb
+from tests.bench.servers import sidecar
 from tests.factories import KEYRING, Connection, Factory
 
 _DAYS = 30
@@ -92,13 +90,8 @@ async def _fill(connection: Connection, *, records: int, users: int) -> None:
         await connection.execute(sql, *arguments, timeout=600)
 
 
-def _memory_mb(pid: int) -> tuple[float, float]:
-    """The memory of a process in MB: now, and the most since `_forget_peak`."""
-    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(lines["VmRSS"].split()[0]) / 1024, int(lines["VmHWM"].split()[0]) / 1024
-
-
 def _forget_peak(pid: int) -> None:
+    """The peak is the most from now on."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
@@ -117,15 +110,11 @@ async def _decide_until(
 
 async def bench(options: argparse.Namespace) -> None:
     """Fills a database, simulates, and prints the figures."""
-    end_on_signals()
     before_load = os.getloadavg()[0]
     cores = Cores.split()
     os.sched_setaffinity(0, cores.rest)
     async with AsyncExitStack() as stack:
-        # Not /tmp, which may be memory. Others may enter: PostgreSQL does not run as root.
-        directory = Path(tempfile.mkdtemp(prefix="keyturn-bench-", dir="/var/tmp"))
-        directory.chmod(0o755)
-        stack.callback(shutil.rmtree, directory)
+        directory = stack.enter_context(bench_directory())
         server, dsn = await stack.enter_async_context(sidecar(directory, cores=cores))
         connection: Connection = await asyncpg.connect(dsn)
         stack.push_async_callback(connection.close)
@@ -175,7 +164,7 @@ async def bench(options: argparse.Namespace) -> None:
         busy: dict[str, list[float]] = {name: [] for name in idle}
         firsts, memory, cpu = [], [], []
         for number in range(options.rounds):
-            before, _ = _memory_mb(server.pid)
+            before, _ = memory_mb(server.pid)
             _forget_peak(server.pid)
             server_before, postgres_before = server.cpu_seconds()
             began = time.perf_counter()
@@ -186,7 +175,7 @@ async def bench(options: argparse.Namespace) -> None:
             firsts.append(time.perf_counter() - began)
             server_after, postgres_after = server.cpu_seconds()
             cpu.append((server_after - server_before, postgres_after - postgres_before))
-            memory.append((before, *_memory_mb(server.pid)))
+            memory.append((before, *memory_mb(server.pid)))
         began = time.perf_counter()
         page = await simulate(1000, answer.next_page_token) if answer.next_page_token else answer
         second = time.perf_counter() - began
@@ -228,12 +217,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="simulations (default 4)")
     parser.add_argument("--idle-seconds", type=float, default=5.0, help="of Decide alone (default 5)")
     options = parser.parse_args()
-    try:
-        asyncio.run(bench(options))
-    except NotServing as error:
-        sys.exit(f"bench: {error}")
-    except asyncio.CancelledError:
-        sys.exit(130)
+    carry_out(bench(options))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,12 +17,13 @@ from typing import TypeVar
 import asyncpg
 import grpc
 
+from tests.bench.command import BenchError, bench_directory, carry_out
 from tests.bench.generators import Effort, drive
-from tests.bench.load import Load, LoadError
-from tests.bench.machine import Cores, described, end_on_signals, resident_mb
+from tests.bench.load import Load
+from tests.bench.machine import Cores, described, memory_mb
 from tests.bench.measurements import MEASUREMENTS, Gateway, Measurement
 from tests.bench.population import Population, fill, id_of
-from tests.bench.servers import NotServing, Server, sidecar
+from tests.bench.servers import Server, sidecar
 from tests.factories import Connection
 from tests.invariants import check_invariants
 
@@ -49,10 +48,6 @@ _KINDS = tuple(
     for name in ("decide-own-key", "decide-credits", "record-ticket", "record-own-key")
 )
 _OWN_KEY = _KINDS[0]
-
-
-class BenchError(Exception):
-    """The figures would say nothing: an answer was not the one to be measured."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -196,7 +191,7 @@ class Bench:
         effort = replace(self.effort, concurrency=_HURRIED)
         settings = {"KEYTURN_CACHED_PROFILES": str(cached), "KEYTURN_PROFILE_TTL": "P1D"}
         async with running(self.large, self.cores, settings) as one:
-            asked, sizes = 0, [resident_mb(one.server.pid)]
+            asked, sizes = 0, [memory_mb(one.server.pid)[0]]
             lines = [f"{'started':>22} {sizes[0]:6.1f} MB"]
             for until in (self.asked, cached, 2 * cached):
                 one.gateway.serve(one.side.users(until - asked))
@@ -205,7 +200,7 @@ class Bench:
                 if requests:
                     await one.turn(_OWN_KEY, requests, effort)
                 asked = until
-                sizes.append(resident_mb(one.server.pid))
+                sizes.append(memory_mb(one.server.pid)[0])
                 lines.append(f"{f'after {asked:,} users':>22} {sizes[-1]:6.1f} MB")
             each = (sizes[2] - sizes[1]) * 1024 * 1024 / max(cached - self.asked, 1)
             return [*lines, f"{f'{cached:,} cached':>22} {each:6.0f} bytes a profile"]
@@ -217,14 +212,10 @@ def _in_turn(first: T, second: T, number: int) -> tuple[T, T]:
 
 async def bench(options: argparse.Namespace) -> None:
     """Makes the databases, measures, and prints the figures."""
-    end_on_signals()
     cores = Cores.split()
     os.sched_setaffinity(0, cores.rest)
     async with AsyncExitStack() as stack:
-        # Not /tmp, which may be memory. Others may enter: PostgreSQL does not run as root.
-        directory = Path(tempfile.mkdtemp(prefix="keyturn-bench-", dir="/var/tmp"))
-        directory.chmod(0o755)
-        stack.callback(shutil.rmtree, directory)
+        directory = stack.enter_context(bench_directory())
         print(f"{described()}\n{cores}\nLoad average before: {os.getloadavg()[0]:.1f}\n")
         print(_HOW.format(**vars(options)), flush=True)
         share = options.few_users / options.users
@@ -307,12 +298,7 @@ def main() -> None:
         parser.error("it takes --asked <= --few-users <= --users <= --keys")
     if options.asked > options.cached_profiles:
         parser.error("it takes --asked <= --cached-profiles")
-    try:
-        asyncio.run(bench(options))
-    except (BenchError, LoadError, NotServing) as error:
-        sys.exit(f"bench: {error}")
-    except asyncio.CancelledError:
-        sys.exit(130)
+    carry_out(bench(options))
 
 
 if __name__ == "__main__":

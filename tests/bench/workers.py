@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
-import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import asyncpg
 import grpc
 
+from tests.bench.command import bench_directory, carry_out
 from tests.bench.generators import Effort, drive
 from tests.bench.load import Load, LoadError
-from tests.bench.machine import Cores, described, end_on_signals
+from tests.bench.machine import Cores, described
 from tests.bench.measurements import MEASUREMENTS, Gateway
-from tests.bench.servers import NotServing, Server, sidecar
+from tests.bench.servers import Server, sidecar
 
 _MEASUREMENT = next(one for one in MEASUREMENTS if one.name == "decide-own-key")
 
@@ -57,14 +54,10 @@ class Row:
 
 async def bench(options: argparse.Namespace) -> None:
     """Measures, and prints the table."""
-    end_on_signals()
     everything = frozenset(os.sched_getaffinity(0))
     cores = Cores(server=everything, rest=everything)
     async with AsyncExitStack() as stack:
-        # Not /tmp, which may be memory. Others may enter: PostgreSQL does not run as root.
-        directory = Path(tempfile.mkdtemp(prefix="keyturn-bench-", dir="/var/tmp"))
-        directory.chmod(0o755)
-        stack.callback(shutil.rmtree, directory)
+        directory = stack.enter_context(bench_directory())
         effort = Effort(
             concurrency=options.concurrency,
             seconds=options.seconds,
@@ -141,12 +134,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each sidecar (default 3)")
     parser.add_argument("--users", type=int, default=1000, help="in each database (default 1000)")
     options = parser.parse_args()
-    try:
-        asyncio.run(bench(options))
-    except (LoadError, NotServing) as error:
-        sys.exit(f"bench: {error}")
-    except asyncio.CancelledError:
-        sys.exit(130)
+    carry_out(bench(options))
 
 
 if __name__ == "__main__":
